@@ -1,0 +1,153 @@
+"""Rotary position embeddings: both dialects of config.json to GGUF metadata, and back.
+
+transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one `rope_parameters`. The formulas are those
+of transformers' modeling_rope_utils (llama3: Llama 3.1; yarn: Peng et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.architectures.spec import Array, Config
+from edgellm.errors import CheckpointError, UnsupportedArchitecture
+
+# as GGUF keeps only the resulting factors, these are tried when a GGUF is turned back into a checkpoint
+_YARN_BETAS = (32.0, 1.0)  # this llama.cpp reads others for a few families only
+_LLAMA3_ORIGINAL_CONTEXTS = (8192, 4096, 16384, 32768)
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    """`rope_type`, `rope_theta` and the type's own fields, whichever dialect the config is written in."""
+    params = dict(config.get("rope_scaling") or {})
+    params.update(config.get("rope_parameters") or {})
+    params["rope_type"] = str(params.get("rope_type") or params.get("type") or "default")
+    params.pop("type", None)
+    params.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    return params
+
+
+def rope_metadata(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """GGUF entries (without the `{arch}.rope.` prefix) and notes; UnsupportedArchitecture for unknown scalings."""
+    params = rope_parameters(config)
+    kind, notes = params["rope_type"], []
+    entries: dict[str, Any] = {"freq_base": number(params, "rope_theta")}
+    if kind == "linear":
+        entries |= {"scaling.type": "linear", "scaling.factor": number(params, "factor")}
+    elif kind == "yarn":
+        entries |= _yarn_metadata(params, config)
+    elif kind == "dynamic":
+        notes.append("dynamic rope scaling only acts beyond the trained context, which the GGUF keeps as its limit")
+    elif kind not in ("default", "llama3"):
+        raise UnsupportedArchitecture(
+            f"rope scaling {kind!r} isn't supported for this family; supported: default, linear, yarn, llama3, dynamic"
+        )
+    return entries, notes
+
+
+def _yarn_metadata(params: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    trained = float(config["max_position_embeddings"])
+    original = number(params, "original_max_position_embeddings", trained)
+    factor = number(params, "factor", trained / original)
+    if not params.get("truncate", True):
+        raise UnsupportedArchitecture("yarn rope scaling with truncate=false can't be expressed in llama.cpp")
+    betas = number(params, "beta_fast", 32.0), number(params, "beta_slow", 1.0)
+    if betas != _YARN_BETAS:
+        raise UnsupportedArchitecture(f"yarn rope scaling with beta_fast, beta_slow = {betas}: llama.cpp has 32 and 1")
+    default = _yarn_mscale(factor, 1.0)
+    attention = params.get("attention_factor")
+    if attention is None:
+        m, m_all = params.get("mscale"), params.get("mscale_all_dim")
+        attention = _yarn_mscale(factor, m) / _yarn_mscale(factor, m_all) if m and m_all else default
+    entries = {
+        "scaling.type": "yarn",
+        "scaling.factor": factor,
+        "scaling.original_context_length": int(original),
+    }
+    if attention != default:  # llama.cpp multiplies by the default itself
+        entries["scaling.attn_factor"] = attention / default
+    return entries
+
+
+def _yarn_mscale(scale: float, mscale: float) -> float:
+    return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+
+def rope_factors(config: Config, n_rot: int) -> Array | None:
+    """llama3 scaling as float32 (n_rot/2,) divisors of each frequency, or None for other kinds of rope."""
+    params = rope_parameters(config)
+    if params["rope_type"] != "llama3":
+        return None
+    factor = number(params, "factor", 8.0)
+    low, high = number(params, "low_freq_factor", 1.0), number(params, "high_freq_factor", 4.0)
+    original = number(params, "original_max_position_embeddings", 8192)
+    return llama3_factors(number(params, "rope_theta"), n_rot, factor, low, high, original)
+
+
+def llama3_factors(theta: float, n_rot: int, factor: float, low: float, high: float, original: float) -> Array:
+    """Long wavelengths are slowed by `factor`, short ones kept, those between blended."""
+    frequencies = theta ** -(np.arange(0, n_rot, 2, dtype=np.float64) / n_rot)
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    long, short = wavelengths > original / low, wavelengths < original / high
+    return np.where(long, factor, np.where(short, 1.0, blended)).astype(np.float32)
+
+
+def rope_config(metadata: Mapping[str, Any], arch: str, n_rot: int, factors: Array | None) -> dict[str, Any]:
+    """`rope_parameters` of a config.json for a GGUF's metadata; `factors` is its rope_freqs tensor if it has one."""
+    prefix = f"{arch}.rope."
+    get = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}.get
+    theta = shortest(get("freq_base", 10000.0))
+    kind = get("scaling.type", "none")
+    if factors is not None:
+        return {"rope_type": "llama3", "rope_theta": theta} | _llama3_config(theta, n_rot, factors)
+    if kind == "linear" and get("scaling.factor"):
+        return {"rope_type": "linear", "rope_theta": theta, "factor": shortest(get("scaling.factor"))}
+    if kind == "yarn":
+        factor = float(get("scaling.factor", 1.0))
+        attention = get("scaling.attn_factor")
+        params = {
+            "rope_type": "yarn",
+            "rope_theta": theta,
+            "factor": shortest(factor),
+            "original_max_position_embeddings": get("scaling.original_context_length"),
+            "beta_fast": _YARN_BETAS[0],
+            "beta_slow": _YARN_BETAS[1],
+        }
+        if attention is not None:
+            params["attention_factor"] = shortest(attention * _yarn_mscale(factor, 1.0))
+        return params
+    if kind not in ("none", "linear"):
+        raise UnsupportedArchitecture(f"rope scaling {kind!r} can't be written as a checkpoint of this family")
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _llama3_config(theta: float, n_rot: int, factors: Array) -> dict[str, Any]:
+    factor = float(factors.max())
+    for original in _LLAMA3_ORIGINAL_CONTEXTS:
+        if np.allclose(llama3_factors(theta, n_rot, factor, 1.0, 4.0, original), factors, rtol=1e-5):
+            return {
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    raise CheckpointError("the GGUF's rope_freqs don't come from a known llama3 scaling; they can't be written back")
+
+
+def number(params: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A positive finite number among rope parameters; CheckpointError otherwise."""
+    value = params.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise CheckpointError(f"config.json has {name} = {value!r} for its rope, expected a positive number")
+    return float(value)
+
+
+def shortest(value: Any) -> Any:
+    """The shortest decimal that is the same float32: GGUF's 9.99999974e-06 was written as 1e-05."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,0 +1,151 @@
+"""The whole pipeline: open, plan, write tensor by tensor, verify, give the file its name."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.architectures.spec import Array
+from converters.plan import Plan, PlannedTensor, make_plan
+from converters.quantize.types import TYPE_IDS, WEIGHT_TYPES, find_file_type
+from converters.receipt import Receipt, peak_memory, types_used
+from converters.requantize import make_gguf_plan
+from converters.sources import Source, open_source
+from converters.tokenizers.read import read_vocabulary
+from converters.tokenizers.vocabulary import fit, vocabulary_metadata
+from converters.verify import reference_encoder, verify
+from converters.writer import Writer, check_output
+from edgellm.errors import CheckpointError
+from edgellm.native.ggml import quantize_rows
+
+# (tensor name, bytes written so far, bytes in all)
+OnProgress = Callable[[str, int, int], None]
+Overrides = Sequence[tuple[str, str]]
+_F16_MAX = 65504.0
+
+
+def plan(source: str | Path, *, quant: str = "Q4_K_M", types: Overrides = ()) -> Plan:
+    """What `convert` would write, from headers alone.
+
+    quant: a recipe's name. types: (regular expression, type) pairs that overrule it for the tensors they match.
+    ValueError for unknown names; CheckpointError and its kin for a checkpoint that can't be converted.
+    """
+    return _plan(open_source(source), quant, types)
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    quant: str = "Q4_K_M",
+    types: Overrides = (),
+    pre: str | None = None,
+    force: bool = False,
+    n_threads: int = 0,
+    on_progress: OnProgress | None = None,
+) -> Receipt:
+    """Convert a checkpoint folder or a GGUF to a quantized GGUF at `out`, checked before it gets that name.
+
+    pre overrides the identification of the pre-tokenizer. force replaces an existing file. n_threads 0 = all cores.
+    Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    opened = open_source(source)
+    planned = _plan(opened, quant, types)
+    check_output(out, planned.n_bytes, force)
+    metadata, notes = _metadata(opened, planned, pre)
+    with Writer(out, planned.architecture, metadata, planned.tensors) as writer:
+        _write_tensors(writer, planned, n_threads, on_progress)
+        partial = writer.finish()
+        converted = time.perf_counter()
+        reference = reference_encoder(opened.path) if opened.path.is_dir() else None
+        checks = verify(partial, planned, metadata, reference)
+        writer.commit()
+    return Receipt(
+        output=str(out),
+        quant=planned.file_type.name,
+        architecture=planned.architecture,
+        n_parameters=planned.n_parameters,
+        source_bytes=planned.source_bytes,
+        output_bytes=out.stat().st_size,
+        bits_per_weight=planned.bits_per_weight,
+        types=types_used(planned),
+        n_fallback=sum(tensor.type_name != tensor.wanted_type for tensor in planned.tensors),
+        convert_seconds=converted - started,
+        verify_seconds=time.perf_counter() - converted,
+        peak_memory=peak_memory(),
+        checks=checks,
+        notes=(*planned.notes, *notes),
+    )
+
+
+def _plan(source: Source, quant: str, types: Overrides) -> Plan:
+    file_type = find_file_type(quant)
+    overrides = [_override(pattern, type_name) for pattern, type_name in types]
+    make = make_gguf_plan if source.kind == "gguf" else make_plan
+    return make(source, file_type, overrides)
+
+
+def _override(pattern: str, type_name: str) -> tuple[re.Pattern[str], str]:
+    if type_name.upper() not in WEIGHT_TYPES:
+        raise ValueError(f"unknown tensor type {type_name!r}; choose one of {', '.join(WEIGHT_TYPES)}")
+    try:
+        return re.compile(pattern), type_name.upper()
+    except re.error as exc:
+        raise ValueError(f"{pattern!r} is no regular expression: {exc}") from exc
+
+
+def _metadata(source: Source, planned: Plan, pre: str | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """All metadata in file order, and the vocabulary's notes."""
+    general: dict[str, Any] = {
+        "general.architecture": planned.architecture,
+        "general.type": "model",
+        "general.name": source.path.resolve().name,
+        "general.file_type": planned.file_type.number,
+        "general.quantization_version": 2,
+    }
+    if source.kind == "gguf":
+        return {**general, **planned.metadata}, ()
+    vocabulary = fit(read_vocabulary(source.path, source.config, pre), planned.sizes["n_vocab"])
+    notes = list(vocabulary.notes)
+    if "default" not in vocabulary.templates:
+        notes.append("the checkpoint has no chat template: a chat model will answer badly without one")
+    return {**general, **planned.metadata, **vocabulary_metadata(vocabulary)}, tuple(notes)
+
+
+def _write_tensors(writer: Writer, planned: Plan, n_threads: int, on_progress: OnProgress | None) -> None:
+    done = 0
+    for tensor in planned.tensors:
+        if on_progress:
+            on_progress(tensor.name, done, planned.n_bytes)
+        writer.write(output_bytes(tensor, planned.sizes, n_threads))
+        done += tensor.n_bytes
+    if on_progress:
+        on_progress("", done, planned.n_bytes)
+
+
+def output_bytes(tensor: PlannedTensor, sizes: Mapping[str, int], n_threads: int = 0) -> NDArray[np.uint8]:
+    """A tensor's bytes as they go into the file: read, mapped, checked, quantized."""
+    weights = tensor.computed if tensor.source is None else tensor.source.read()
+    assert weights is not None
+    _check_finite(tensor, weights)
+    for op in tensor.ops:
+        weights = op.forward(weights, sizes)
+    return quantize_rows(weights, TYPE_IDS[tensor.type_name], n_threads=n_threads)
+
+
+def _check_finite(tensor: PlannedTensor, weights: Array) -> None:
+    name = tensor.source.name if tensor.source else tensor.name
+    low, high = float(weights.min()), float(weights.max())  # NaN wins in both: no array of flags is needed
+    if not (np.isfinite(low) and np.isfinite(high)):
+        n_bad = int(weights.size - np.isfinite(weights).sum())
+        raise CheckpointError(f"tensor {name} has {n_bad} values that are not finite; the training run diverged")
+    if tensor.type_name == "F16" and max(-low, high) > _F16_MAX:
+        raise CheckpointError(f"tensor {name} has values up to {max(-low, high):.3g}, beyond F16; use BF16 or F32")

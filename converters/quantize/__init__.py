@@ -1,0 +1,1 @@
+"""Which ggml type each tensor gets, and the bytes it then has."""

@@ -1,0 +1,62 @@
+"""Where weights come from: names, shapes and types from headers alone, float32 arrays on request.
+
+`open_source` tells the kinds apart by what is in the folder or file, never by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One stored tensor. `shape` is as stored (rows first); `read()` gives it as float32, freshly allocated."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # F32, F16, BF16, F64, or a ggml type's name
+    n_bytes: int
+    read: Callable[[], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: `config` is its config.json (or what a GGUF's metadata says in the same words)."""
+
+    path: Path
+    kind: str  # "safetensors", "torch", "gguf"
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(tensor.n_bytes for tensor in self.tensors.values())
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a Hugging Face folder or a GGUF file; CheckpointError or ModelFileError says what is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no such file or folder: {path}; check the path")
+    if path.is_dir():
+        from converters.sources.huggingface import open_folder
+
+        return open_folder(path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        from converters.sources.gguf_file import open_gguf
+
+        return open_gguf(path)
+    raise CheckpointError(
+        f"{path} is neither a checkpoint folder nor a GGUF; give the folder that holds config.json and the weights"
+    )

@@ -1,0 +1,52 @@
+"""A GGUF as a source of weights: any quantization, dequantized to float32 a tensor at a time."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from converters.sources import Source, SourceTensor
+from edgellm.errors import CheckpointError
+from edgellm.gguf_header import GGML_TYPES, TensorInfo, read_header
+
+_SLAB_BYTES = 4 << 20  # gguf's numpy dequantizers make several temporaries of the size of their input
+
+
+def open_gguf(path: Path) -> Source:
+    """The tensors under their GGUF names. A split GGUF must be merged first."""
+    header = read_header(path)
+    if int(header.metadata.get("split.count", 1)) > 1:
+        raise CheckpointError(f"{path} is one part of a split GGUF; merge the parts with llama-gguf-split first")
+    tensors = {
+        name: SourceTensor(name, info.shape, info.type_name, info.n_bytes, partial(_read, path, info))
+        for name, info in header.tensors.items()
+    }
+    return Source(path, "gguf", {}, tensors, header.metadata)
+
+
+def _read(path: Path, info: TensorInfo) -> NDArray[np.float32]:
+    """Dequantized as gguf.quants does it: exact products, the same on every machine."""
+    out = np.empty(info.n_elements, dtype=np.float32)
+    _, block, n_block_bytes = GGML_TYPES[info.ggml_type]
+    step = max(1, _SLAB_BYTES // n_block_bytes) * n_block_bytes
+    with path.open("rb") as file:
+        file.seek(info.offset)
+        for start in range(0, info.n_bytes, step):
+            raw = np.frombuffer(file.read(min(step, info.n_bytes - start)), dtype=np.uint8)
+            first = start // n_block_bytes * block
+            values = _dequantize(raw, info.ggml_type, n_block_bytes)
+            out[first : first + values.size] = values
+    return out.reshape(info.shape)
+
+
+def _dequantize(raw: NDArray[np.uint8], ggml_type: int, n_block_bytes: int) -> NDArray[np.float32]:
+    name = GGML_TYPES[ggml_type][0]
+    if name in ("F32", "F16", "F64"):
+        return raw.view({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[name]).astype(np.float32, copy=False)
+    values: NDArray[np.float32] = dequantize(raw.reshape(-1, n_block_bytes), GGMLQuantizationType(ggml_type))
+    return values.reshape(-1)

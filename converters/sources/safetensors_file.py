@@ -1,0 +1,108 @@
+"""Reads one .safetensors file: header checked in full, tensors read one at a time with plain file reads.
+
+The safetensors library has no bfloat16 for numpy, and its memory map would count towards peak memory; the header
+is 8 bytes of length and JSON (https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.sources import SourceTensor
+from edgellm.errors import CheckpointError
+
+# stored type → (numpy type of the same width, bytes); BF16 is the upper half of a float32
+_DTYPES: Mapping[str, tuple[str, int]] = {
+    "F64": ("<f8", 8),
+    "F32": ("<f4", 4),
+    "F16": ("<f2", 2),
+    "BF16": ("<u2", 2),
+    "I64": ("<i8", 8),
+    "I32": ("<i4", 4),
+    "I16": ("<i2", 2),
+    "I8": ("i1", 1),
+    "U8": ("u1", 1),
+    "BOOL": ("?", 1),
+}
+_MAX_HEADER = 100_000_000  # the limit of the format's own library
+
+
+def read_tensors(path: Path) -> dict[str, SourceTensor]:
+    """The tensors of one file; CheckpointError where the header is damaged or the file is cut off."""
+    header, data_start, n_data = _read_header(path)
+    tensors: dict[str, SourceTensor] = {}
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: _begin(path, *item)):
+        dtype, shape, begin, end = _entry(path, name, entry)
+        if begin != position:
+            raise CheckpointError(
+                f"{path} is damaged: tensor {name} begins at {begin}, expected {position}; copy it again"
+            )
+        position = end
+        read = partial(_read, path, name, dtype, shape, data_start + begin)
+        tensors[name] = SourceTensor(name, shape, dtype, end - begin, read)
+    if position > n_data:
+        raise CheckpointError(f"{path} is cut off: {position - n_data:,} bytes are missing; copy it again")
+    if position < n_data:
+        raise CheckpointError(f"{path} is damaged: {n_data - position:,} bytes belong to no tensor; copy it again")
+    return tensors
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    try:
+        n_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            n_header = int.from_bytes(file.read(8), "little")
+            if n_bytes < 8 or n_header > min(_MAX_HEADER, n_bytes - 8):
+                raise CheckpointError(f"{path} is no safetensors file or is cut off inside its header; copy it again")
+            header = json.loads(file.read(n_header))
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is damaged: its header is no valid JSON; copy it again") from exc
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is damaged: its header is no table of tensors; copy it again")
+    header.pop("__metadata__", None)
+    return header, 8 + n_header, n_bytes - 8 - n_header
+
+
+def _begin(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    return _entry(path, name, entry)[2:]
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, begin, end) of a header entry, checked."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError) as exc:
+        raise CheckpointError(f"{path} is damaged: bad header entry for tensor {name}; copy it again") from exc
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{path}: tensor {name} has type {dtype}, which isn't supported")
+    if not whole or end - begin != prod(shape) * _DTYPES[dtype][1]:
+        raise CheckpointError(f"{path} is damaged: the size of tensor {name} doesn't fit its shape; copy it again")
+    return dtype, shape, begin, end
+
+
+def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[np.float32]:
+    raw = np.fromfile(path, dtype=_DTYPES[dtype][0], count=prod(shape), offset=offset)
+    if raw.size != prod(shape):
+        raise CheckpointError(f"{path} changed while it was read: tensor {name} is cut off")
+    return to_float32(raw, dtype).reshape(shape)
+
+
+def to_float32(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored values as float32; BF16 comes as its uint16 bits."""
+    if dtype == "BF16":
+        wide = raw.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.astype(np.float32, copy=False)

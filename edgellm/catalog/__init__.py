@@ -1,0 +1,1 @@
+"""Models edgellm knows by name."""

@@ -1,0 +1,177 @@
+"""`edgellm convert`: checkpoint → quantized GGUF, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder, or a GGUF to requantize or turn back.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="GGUF to write [default: SOURCE-QUANT.gguf here].")
+    ] = None,
+    quant: Annotated[
+        str, typer.Option("--quant", "-q", help="Recipe: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL … ")
+    ] = "Q4_K_M",
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", metavar="REGEX=TYPE", help="Type for tensors whose name matches; repeatable."),
+    ] = None,
+    pre: Annotated[
+        str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if it isn't recognized.")
+    ] = None,
+    to_checkpoint: Annotated[
+        Path | None,
+        typer.Option("--to-checkpoint", metavar="DIR", help="Write the GGUF as a checkpoint folder instead."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Number type of that folder: f32 (exact), bf16, f16.")] = "f32",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan, write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 = all cores.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Convert a fine-tuned checkpoint to a quantized GGUF, checked before it gets its name."""
+    converters = load_converters()
+    try:
+        if to_checkpoint is not None:
+            with progress_bar("writing") as on_progress:
+                converters.to_checkpoint(source, to_checkpoint, dtype=dtype, force=force, on_progress=on_progress)
+            _print_folder(to_checkpoint, as_json)
+            return
+        overrides = [_override(text) for text in types or ()]
+        if dry_run:
+            planned = converters.plan(source, quant=quant, types=overrides)
+            print_plan(planned, as_json)
+            return
+        target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
+        with progress_bar("converting") as on_progress:
+            receipt = converters.convert(
+                source,
+                target,
+                quant=quant,
+                types=overrides,
+                pre=pre,
+                force=force,
+                n_threads=threads,
+                on_progress=on_progress,
+            )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    print_receipt(receipt, as_json)
+
+
+def load_converters() -> ModuleType:
+    """The runtime's one door to the converters, opened only by the commands that convert or inspect."""
+    import converters
+
+    return converters
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, sign, type_name = text.rpartition("=")
+    if not sign or not pattern:
+        raise ValueError(f"--type takes REGEX=TYPE, not {text!r}")
+    return pattern, type_name
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """A bar on stderr; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(f"{label} {{task.description:<28}}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, description=name or "checking", completed=done, total=total)
+
+
+def size(n_bytes: float) -> str:
+    """Bytes for people, in decimal units as file managers show them."""
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} GB"
+
+
+def print_receipt(receipt: Any, as_json: bool = False) -> None:
+    """A `converters.Receipt` on stdout: a few lines, or one JSON object."""
+    if as_json:
+        typer.echo(json.dumps(receipt.as_dict(), ensure_ascii=False))
+        return
+    ratio = receipt.output_bytes / receipt.source_bytes
+    lines = [
+        f"{receipt.output}  {size(receipt.output_bytes)}",
+        f"  quant     {receipt.quant}, {receipt.bits_per_weight:.2f} bits per weight, "
+        f"{receipt.n_parameters / 1e6:.1f} M parameters ({receipt.architecture})",
+        f"  source    {size(receipt.source_bytes)}; the GGUF is {100 * ratio:.0f} % of it",
+        "  types     " + ", ".join(f"{name} {n} × ({size(total)})" for name, (n, total) in receipt.types.items()),
+        f"  time      {receipt.convert_seconds:.1f} s to convert, {receipt.verify_seconds:.1f} s to check"
+        + (f"; peak memory {size(receipt.peak_memory)}" if receipt.peak_memory else ""),
+    ]
+    if receipt.n_fallback:
+        lines.append(
+            f"  note      {receipt.n_fallback} tensors have rows that don't fit the recipe's type; nearest type used"
+        )
+    lines += [f"  note      {note}" for note in receipt.notes]
+    lines += [f"  checked   {check}" for check in receipt.checks]
+    typer.echo("\n".join(lines))
+
+
+def print_plan(plan: Any, as_json: bool) -> None:
+    """A `converters.Plan` on stdout: every tensor with its type and size, and what the conversion will need."""
+    rows = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "type": tensor.type_name,
+            "n_bytes": tensor.n_bytes,
+            "source": tensor.source.name if tensor.source else None,
+        }
+        for tensor in plan.tensors
+    ]
+    summary: dict[str, Any] = {
+        "quant": plan.file_type.name,
+        "architecture": plan.architecture,
+        "n_parameters": plan.n_parameters,
+        "source_bytes": plan.source_bytes,
+        "n_bytes": plan.n_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "peak_memory": plan.peak_memory,
+        "notes": list(plan.notes),
+    }
+    if as_json:
+        typer.echo(json.dumps(summary | {"tensors": rows}, ensure_ascii=False))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        shape = " × ".join(map(str, row["shape"]))
+        typer.echo(f"{row['name']:<{width}}  {row['type']:<7} {size(row['n_bytes']):>9}  {shape}")
+    typer.echo(
+        f"{len(rows)} tensors, {size(plan.n_bytes)}, {plan.bits_per_weight:.2f} bits per weight "
+        f"({plan.file_type.name}); source {size(plan.source_bytes)}; "
+        f"about {size(plan.peak_memory)} of memory at most; nothing was written"
+    )
+    for note in plan.notes:
+        typer.echo(f"note: {note}")
+
+
+def _print_folder(folder: Path, as_json: bool) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "files": files}))
+        return
+    typer.echo(f"{folder}  {size(sum(files.values()))} in {len(files)} files: {', '.join(files)}")

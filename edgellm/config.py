@@ -1,0 +1,93 @@
+"""How a model is loaded and how its next token is chosen: plain data, checked when made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+LoadMode = Literal["mmap", "repack", "mlock"]
+KVType = Literal["f16", "bf16", "f32", "q8_0"]
+
+DEFAULT_N_CTX = 4096
+DEFAULT_N_BATCH = 512
+RANDOM_SEED = 0xFFFFFFFF
+
+
+def physical_cpu_count() -> int:
+    """Cores this process may use: the affinity mask, or all of them where the system has none."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class LoadParams:
+    """How to load a GGUF.
+
+    n_ctx: tokens of context; 0 = what the model was trained with. A model trained with less gets less.
+    n_batch: most tokens one decode call takes. n_threads: 0 = every core this process may use.
+    kv_type: data type of the KV cache. flash_attn: None lets llama.cpp choose.
+    load_mode: "mmap" shares the file's pages between processes; "repack" copies repackable weights into a
+    faster layout (more memory); "mlock" is mmap and pins the pages.
+    n_gpu_layers: layers offloaded to a GPU (Metal); -1 = all. Nothing happens on a CPU-only build.
+    """
+
+    n_ctx: int = DEFAULT_N_CTX
+    n_batch: int = DEFAULT_N_BATCH
+    n_threads: int = 0
+    kv_type: KVType = "f16"
+    flash_attn: bool | None = None
+    load_mode: LoadMode = "repack"
+    n_gpu_layers: int = -1
+
+    def __post_init__(self) -> None:
+        _check(self.n_ctx >= 0, "n_ctx", self.n_ctx, "0 or more tokens")
+        _check(self.n_batch >= 1, "n_batch", self.n_batch, "at least 1 token")
+        _check(self.n_threads >= 0, "n_threads", self.n_threads, "0 (all cores) or more")
+        _check(self.kv_type in ("f16", "bf16", "f32", "q8_0"), "kv_type", self.kv_type, "f16, bf16, f32 or q8_0")
+        _check(self.load_mode in ("mmap", "repack", "mlock"), "load_mode", self.load_mode, "mmap, repack or mlock")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy: temperature 0 ignores the other filters.
+
+    max_tokens: None = until the model stops or the context is full. top_k 0, top_p 1 and min_p 0 are off.
+    repeat_penalty 1, presence_penalty 0 and frequency_penalty 0 are off; they look back penalty_last_n tokens
+    (-1 = the whole context). seed None = a new one for each call.
+    stop: generation ends before any of these strings, which aren't part of the text.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_last_n: int = 64
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        else:
+            object.__setattr__(self, "stop", tuple(self.stop))
+        _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")
+        _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        _check(0 < self.repeat_penalty < float("inf"), "repeat_penalty", self.repeat_penalty, "above 0")
+        _check(self.penalty_last_n >= -1, "penalty_last_n", self.penalty_last_n, "-1 or more")
+        _check(self.seed is None or 0 <= self.seed < RANDOM_SEED, "seed", self.seed, "from 0 to 2**32 - 2")
+        _check(all(self.stop), "stop", self.stop, "non-empty strings")
+
+
+def _check(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it takes {allowed}")

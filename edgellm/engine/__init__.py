@@ -1,0 +1,1 @@
+"""The object a program holds: a loaded model that any thread may call."""

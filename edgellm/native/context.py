@@ -1,0 +1,316 @@
+"""One sequence in one llama.cpp context: decoding, its key/value memory, cancelling.
+
+`tokens` mirrors what the memory holds, so that a caller can reuse it. One thread at a time may decode (the engine
+sees to that); `abort` and `close` may be called from any thread at any time, also in the middle of a decode.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgellm.config import LoadParams, physical_cpu_count
+from edgellm.errors import Cancelled, ContextFull, GenerationError
+from edgellm.native import library
+from edgellm.native.model import NativeModel
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DecodeProgress = Callable[[int, int], object]  # (tokens done, tokens in all); returning False cancels
+
+_KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # ggml type ids
+_EXIT_PATIENCE_S = 10.0  # a decode that was told to abort returns after one graph node
+
+
+class _Native:
+    """What must outlive the Context object until it is freed: pointers, the lock around native calls, the flag."""
+
+    def __init__(self, pointer: Any, batch: Any, abort_flag: Any) -> None:
+        self.pointer, self.batch, self.abort_flag = pointer, batch, abort_flag
+        self.lock = threading.Lock()
+
+
+class Context:
+    """A `llama_context` with one sequence.
+
+    n_outputs: at how many positions of one decode call logits may be asked for; it costs a buffer of
+    n_outputs × n_vocab floats. embeddings: make a context for `embedding` instead of text.
+    """
+
+    def __init__(
+        self, model: NativeModel, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False
+    ) -> None:
+        self._lib = lib = library.load()
+        self.model = model
+        self.tokens: list[int] = []
+        self._has_logits = False
+        self._n_outputs = n_outputs
+        self._samplers: weakref.WeakSet[Any] = weakref.WeakSet()
+        wanted = params.n_ctx or model.n_ctx_train
+        self.n_ctx = min(wanted, model.n_ctx_train) if model.n_ctx_train > 0 else wanted
+        self._abort_callback, abort_flag = _flag_reader(lib)
+        native_params = _context_params(lib, params, self.n_ctx, n_outputs, embeddings)
+        native_params.abort_callback = self._abort_callback
+        native_params.abort_callback_data = ctypes.addressof(abort_flag)
+        library.forget_errors()
+        pointer = lib.llama_init_from_model(model.pointer, native_params)
+        if not pointer:
+            reason = library.last_error("out of memory?")
+            raise GenerationError(f"cannot make a context of {self.n_ctx} tokens: {reason}; try a smaller n_ctx")
+        # llama.cpp rounds sizes; what it made is what counts
+        self.n_ctx = min(self.n_ctx, int(lib.llama_n_ctx(pointer)))
+        self.n_batch = int(lib.llama_n_batch(pointer))
+        self.n_threads = int(lib.llama_n_threads(pointer))
+        self._memory = lib.llama_get_memory(pointer)
+        self._native = _Native(pointer, _new_batch(lib, self.n_batch), abort_flag)
+        # the model among the arguments keeps it alive until the context is gone
+        self._free = weakref.finalize(self, _release, lib, self._native, self._samplers, model)
+
+    @property
+    def closed(self) -> bool:
+        return self._native.pointer is None
+
+    def close(self) -> None:
+        """Stop a decode that runs on another thread, then free the samplers and the context. Twice is fine."""
+        self._free()
+
+    def abort(self) -> None:
+        """Make the decode that is running, or else the next, raise Cancelled. From any thread."""
+        self._native.abort_flag[0] = 1
+
+    def clear_abort(self) -> None:
+        self._native.abort_flag[0] = 0
+
+    @property
+    def aborted(self) -> bool:
+        return bool(self._native.abort_flag[0] != b"\0")
+
+    def reuse_prefix(self, tokens: Sequence[int]) -> int:
+        """Keep what the memory already holds of `tokens` and drop the rest. Returns how many tokens are kept.
+
+        At least the last token is left to evaluate, for its logits. A model that can't drop the end of its
+        memory (recurrent; a sliding window that has moved on) loses all of it: 0.
+        """
+        n_past = _common_prefix(self.tokens, list(tokens[:-1]))
+        with self._native.lock:
+            pointer = self._open_pointer()
+            if n_past == 0 or not self._roll_back(pointer, n_past):
+                self._lib.llama_memory_clear(self._memory, False)
+                n_past = 0
+        self._has_logits = False
+        del self.tokens[n_past:]
+        return n_past
+
+    def _roll_back(self, pointer: Any, n_past: int) -> bool:
+        # Also when nothing seems to be dropped: an interrupt may have hit between a decode and its bookkeeping.
+        if not self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            return False
+        window_start = max(0, n_past - self.model.n_swa) if self.model.n_swa > 0 else 0
+        first, last = self._memory_range()
+        # On sliding-window memory the removal can succeed though the window before n_past is gone.
+        return last == n_past - 1 and (self.model.is_recurrent or first <= window_start)
+
+    def _memory_range(self) -> tuple[int, int]:
+        lib = self._lib
+        return lib.llama_memory_seq_pos_min(self._memory, 0), lib.llama_memory_seq_pos_max(self._memory, 0)
+
+    def decode(self, tokens: Sequence[int], on_progress: DecodeProgress | None = None) -> None:
+        """Evaluate `tokens` after those the memory holds; the last one's logits can then be sampled.
+
+        Errors: ContextFull (nothing evaluated), Cancelled (`tokens` says what was), GenerationError.
+        """
+        if not tokens:
+            raise GenerationError("there are no tokens to evaluate")
+        self.model.vocab.check_ids(tokens)
+        if len(self.tokens) + len(tokens) > self.n_ctx:
+            raise ContextFull(
+                f"{len(self.tokens) + len(tokens)} tokens don't fit the context of {self.n_ctx}; "
+                "load with a larger n_ctx, or shorten the text"
+            )
+        total = len(tokens)
+        for start in range(0, total, self.n_batch):
+            chunk = tokens[start : start + self.n_batch]
+            self._decode_chunk(chunk, n_logits=1 if start + len(chunk) == total else 0)
+            if on_progress is not None and on_progress(start + len(chunk), total) is False:
+                raise Cancelled(f"cancelled after {start + len(chunk)} of {total} prompt tokens")
+
+    def step(self, token: int) -> None:
+        """`decode` of one token this model sampled itself: the hot path. Same errors."""
+        position = len(self.tokens)
+        if position >= self.n_ctx:
+            raise ContextFull(f"the context of {self.n_ctx} tokens is full; load with a larger n_ctx")
+        native = self._native
+        with native.lock:
+            pointer = self._open_pointer()
+            batch = native.batch
+            batch.n_tokens = 1
+            batch.token[0] = token
+            batch.pos[0] = position
+            batch.logits[0] = 1
+            code = self._lib.llama_decode(pointer, batch)
+            if code == 0:
+                self.tokens.append(token)
+                self._has_logits = True
+                return
+            self._after_failure()
+        self._raise_failure(code, 1)
+
+    def _decode_chunk(self, chunk: Sequence[int], n_logits: int) -> None:
+        """At most n_batch tokens, with logits at the last `n_logits` of them (at most n_outputs)."""
+        native, n, position = self._native, len(chunk), len(self.tokens)
+        with native.lock:
+            pointer = self._open_pointer()
+            batch = native.batch
+            batch.n_tokens = n
+            ctypes.memmove(batch.token, (ctypes.c_int32 * n)(*chunk), 4 * n)
+            ctypes.memmove(batch.pos, (ctypes.c_int32 * n)(*range(position, position + n)), 4 * n)
+            ctypes.memmove(batch.logits, bytes(n - n_logits) + b"\1" * n_logits, n)
+            self._has_logits = False
+            code = self._lib.llama_decode(pointer, batch)
+            if code == 0:
+                self.tokens.extend(chunk)
+                self._has_logits = n_logits > 0
+                return
+            self._after_failure()
+        self._raise_failure(code, n)
+
+    def _after_failure(self) -> None:
+        """Bring memory and mirror together: llama.cpp may have kept a part of the batch, which we drop."""
+        self._has_logits = False
+        if self._memory is None:
+            return
+        kept = len(self.tokens)
+        if kept and self._lib.llama_memory_seq_rm(self._memory, 0, kept, -1):
+            if self._memory_range()[1] == kept - 1:
+                return
+        self._lib.llama_memory_clear(self._memory, False)
+        self.tokens.clear()
+
+    def _raise_failure(self, code: int, n: int) -> None:
+        if code == 1:
+            raise ContextFull(
+                f"no room for {n} more tokens in the context of {self.n_ctx} ({len(self.tokens)} are used); "
+                "load with a larger n_ctx"
+            )
+        if code == 2:
+            raise Cancelled("cancelled while tokens were being evaluated")
+        reason = library.last_error("llama.cpp gave no reason")
+        raise GenerationError(f"llama.cpp could not evaluate {n} tokens (code {code}): {reason}")
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Evaluate `tokens` from an empty memory. Returns the logits at every one: float32 (n_tokens, n_vocab)."""
+        import numpy as np
+
+        self._check_fits(tokens)
+        self.reuse_prefix(())
+        result = np.empty((len(tokens), self.model.vocab.size), np.float32)
+        step = min(self._n_outputs, self.n_batch)
+        for start in range(0, len(tokens), step):
+            chunk = tokens[start : start + step]
+            self._decode_chunk(chunk, n_logits=len(chunk))
+            with self._native.lock:
+                rows = self._lib.llama_get_logits(self._open_pointer())
+                shape = (len(chunk), self.model.vocab.size)
+                result[start : start + len(chunk)] = np.ctypeslib.as_array(rows, shape=shape)
+        return result
+
+    def embedding(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The pooled embedding of `tokens` (at most n_batch): float32 (n_embd,), not normalised."""
+        import numpy as np
+
+        self._check_fits(tokens)
+        if self._memory is not None:
+            self.reuse_prefix(())
+        self.tokens.clear()
+        self._decode_chunk(tokens, n_logits=len(tokens))
+        with self._native.lock:
+            row = self._lib.llama_get_embeddings_seq(self._open_pointer(), 0)
+            if not row:
+                raise GenerationError("this model gives no pooled embedding; use an embedding model")
+            return np.ctypeslib.as_array(row, shape=(self.model.n_embd,)).copy()
+
+    def _check_fits(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise GenerationError("there are no tokens to evaluate")
+        self.model.vocab.check_ids(tokens)
+        if len(tokens) > self.n_ctx:
+            raise ContextFull(f"{len(tokens)} tokens don't fit the context of {self.n_ctx}; shorten the text")
+
+    def sample(self, chain: Any) -> int:
+        """Let a sampler chain choose from the logits of the last evaluated token (see sampler.py)."""
+        with self._native.lock:
+            pointer = self._open_pointer()
+            if not self._has_logits:  # llama.cpp would abort the process
+                raise GenerationError("there are no logits to sample from; evaluate a token first")
+            return int(self._lib.llama_sampler_sample(chain, pointer, -1))
+
+    def adopt(self, sampler: object) -> None:
+        """Have `sampler.close()` called before the context goes away."""
+        self._samplers.add(sampler)
+
+    def _open_pointer(self) -> Any:
+        if self._native.pointer is None:
+            raise GenerationError("the model is closed; load it again")
+        return self._native.pointer
+
+
+def _release(lib: Any, native: _Native, samplers: weakref.WeakSet[Any], _model: NativeModel) -> None:
+    native.abort_flag[0] = 1
+    # At interpreter exit a daemon thread may still be decoding. Rather leak than free it under its feet.
+    if native.lock.acquire(timeout=_EXIT_PATIENCE_S):
+        for sampler in list(samplers):
+            sampler.close()
+        pointer, native.pointer = native.pointer, None
+        lib.llama_free(pointer)
+        lib.llama_batch_free(native.batch)
+        native.lock.release()
+
+
+def _flag_reader(lib: Any) -> tuple[Any, Any]:
+    """An abort callback with the flag it reads: no Python runs inside a decode, which asks hundreds of times.
+
+    C's strlen is that callback: of a two-byte buffer it gives 0 (go on) or 1 (abort) by the first byte.
+    """
+    libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.cast(libc.strlen, lib.ggml_abort_callback), ctypes.create_string_buffer(2)
+
+
+def _context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int, embeddings: bool) -> Any:
+    native = lib.llama_context_default_params()
+    native.n_ctx = n_ctx
+    native.n_batch = native.n_ubatch = min(params.n_batch, n_ctx)
+    native.n_outputs_max = min(n_outputs, native.n_batch)
+    native.n_outputs_max_per_seq = 0
+    native.n_threads = native.n_threads_batch = params.n_threads or physical_cpu_count()
+    native.type_k = native.type_v = _KV_TYPES[params.kv_type]
+    flash_attention = {
+        None: lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
+        True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    }
+    native.flash_attn_type = flash_attention[params.flash_attn]
+    native.no_perf = True
+    native.swa_full = True  # without it a sliding-window model can't take back the end of a conversation
+    if embeddings:
+        native.embeddings = True
+    return native
+
+
+def _new_batch(lib: Any, n_batch: int) -> Any:
+    batch = lib.llama_batch_init(n_batch, 0, 1)
+    for i in range(n_batch):
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = 0
+    return batch
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

@@ -1,0 +1,167 @@
+"""A loaded GGUF and its vocabulary.
+
+Weights are memory-mapped or copied, as the load mode says. The path must have passed
+`gguf_header.check_loadable`: llama.cpp aborts the process on files which that refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgellm.config import LoadMode
+from edgellm.errors import Cancelled, GenerationError, ModelFileError
+from edgellm.native import library
+
+LoadProgress = Callable[[float], object]  # a fraction from 0 to 1; returning False cancels
+
+_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_LSTRIP, _ATTR_RSTRIP = 1, 1 << 3, 1 << 7, 1 << 8
+
+
+class NativeModel:
+    """Owns a `llama_model`. Contexts made from it keep it alive; `close` frees it when they are closed."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        load_mode: LoadMode = "repack",
+        n_gpu_layers: int = -1,
+        on_progress: LoadProgress | None = None,
+    ) -> None:
+        self.path = path
+        lib = library.load()
+        library.claim_log()
+        library.forget_errors()
+        watch = _ProgressWatch(on_progress)
+        params = lib.llama_model_default_params()
+        mmap, mlock = lib.LLAMA_LOAD_MODE_MMAP, lib.LLAMA_LOAD_MODE_MMAP_MLOCK
+        params.load_mode = mlock if load_mode == "mlock" else mmap
+        params.use_extra_bufts = load_mode == "repack"
+        params.n_gpu_layers = n_gpu_layers
+        callback = lib.llama_progress_callback(watch)
+        params.progress_callback = callback
+        pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not pointer:
+            watch.raise_if_stopped(path)
+            reason = library.last_error("llama.cpp gave no reason")
+            raise ModelFileError(f"cannot load {path}: {reason}; convert or download the file again")
+        self._free = weakref.finalize(self, lib.llama_model_free, pointer)
+        self.pointer = pointer
+        self.vocab = Vocab(lib, lib.llama_model_get_vocab(pointer))
+        self.n_ctx_train = int(lib.llama_model_n_ctx_train(pointer))
+        self.n_embd = int(lib.llama_model_n_embd_out(pointer))
+        self.n_swa = int(lib.llama_model_n_swa(pointer))
+        self.is_recurrent = bool(lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer))
+        self.has_encoder = bool(lib.llama_model_has_encoder(pointer))
+        self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
+
+    def close(self) -> None:
+        """Free the weights. Every context of this model must be closed before. Twice is fine."""
+        self._free()
+
+
+class _ProgressWatch:
+    """llama.cpp's progress callback: exceptions can't cross native code, so they are kept and raised after."""
+
+    def __init__(self, on_progress: LoadProgress | None) -> None:
+        self._on_progress = on_progress
+        self._stopped: BaseException | bool = False
+
+    def __call__(self, fraction: float, _: object) -> bool:
+        try:
+            if self._on_progress is not None and self._on_progress(min(fraction, 1.0)) is False:
+                self._stopped = True
+        except BaseException as exc:  # also KeyboardInterrupt, which the load must hand on
+            self._stopped = exc
+        return self._stopped is False
+
+    def raise_if_stopped(self, path: Path) -> None:
+        if isinstance(self._stopped, BaseException):
+            raise self._stopped
+        if self._stopped:
+            raise Cancelled(f"loading {path} was cancelled")
+
+
+class Vocab:
+    """Text ↔ token ids of one model. Valid while its model is open (the engine sees to that)."""
+
+    def __init__(self, lib: Any, pointer: Any) -> None:
+        self._lib, self._pointer = lib, pointer
+        self.size = int(lib.llama_vocab_n_tokens(pointer))
+        self.bos = int(lib.llama_vocab_bos(pointer))
+        self.eos = int(lib.llama_vocab_eos(pointer))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(pointer)) and self.bos >= 0
+        self._pieces: dict[int, bytes] = {}
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        """Ids of `text`, without BOS or EOS. special: the text of a control token becomes that token."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as exc:
+            raise GenerationError(f"the text holds a lone surrogate at character {exc.start}; remove it") from exc
+        room = len(data) + 16  # never more tokens than bytes, but for the prefixes of some tokenizers
+        ids = (ctypes.c_int32 * room)()
+        n = self._lib.llama_tokenize(self._pointer, data, len(data), ids, room, False, special)
+        if n < 0:
+            raise GenerationError("llama.cpp could not tokenize the text; check that the model has a vocabulary")
+        return ids[:n]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; control tokens stand for none."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = self._read_piece(token)
+        return known
+
+    def _read_piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._pointer, token, buffer, room, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def detokenize(self, ids: Sequence[int], *, special: bool) -> str:
+        """The text of `ids`; control tokens appear only if `special`."""
+        self.check_ids(ids)
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        room = 16 + 8 * len(ids)
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = self._lib.llama_detokenize(self._pointer, array, len(ids), buffer, room, False, special)
+            if n >= 0:
+                return buffer.raw[:n].decode("utf-8", "replace")
+            room = -n
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """GenerationError unless every id is an int of this vocabulary."""
+        for token in ids:
+            if not isinstance(token, int) or not 0 <= token < self.size:
+                raise GenerationError(f"{token!r} is not a token id of this model; ids run from 0 to {self.size - 1}")
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends a generation (end of text, end of turn)."""
+        return bool(self._lib.llama_vocab_is_eog(self._pointer, token))
+
+    def text(self, token: int) -> str:
+        """The text of a token as it stands in the vocabulary; "" for a token the model lacks (id -1)."""
+        raw = self._lib.llama_vocab_get_text(self._pointer, token) if token >= 0 else b""
+        return str(raw.decode("utf-8", "replace"))
+
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, tuple[bool, bool]]:
+        """Text of every token that only `special=True` finds → does it swallow spaces (before it, after it)."""
+        attribute, pointer = self._lib.llama_vocab_get_attr, self._pointer
+        found = {}
+        for token in range(self.size):
+            attributes = attribute(pointer, token)
+            if attributes & (_ATTR_CONTROL | _ATTR_UNKNOWN) and (text := self.text(token)):
+                found[text] = (bool(attributes & _ATTR_LSTRIP), bool(attributes & _ATTR_RSTRIP))
+        return found
