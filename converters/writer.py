@@ -10,8 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,6 +60,14 @@ class Writer:
         self._committed = False
 
     def __enter__(self) -> Writer:
+        try:
+            self._write_header()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def _write_header(self) -> None:
         with _disk_errors(self.partial):
             self._writer.write_header_to_file()
             self._writer.write_kv_data_to_file()
@@ -67,7 +75,6 @@ class Writer:
             self._file.seek(0)
             self._file.write(bytes(len(_MAGIC)))
             self._file.seek(0, os.SEEK_END)
-        return self
 
     @property
     def _file(self) -> Any:
@@ -97,29 +104,25 @@ class Writer:
         self._committed = True
 
     def __exit__(self, *exc_info: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._committed:
-            return
+        if not self._committed:
+            self._discard()
+
+    def _discard(self) -> None:
         for file in self._writer.fout or ():
             with suppress(OSError):  # a full disk fails again when the last buffer is flushed
                 file.close()
         self.partial.unlink(missing_ok=True)
 
 
-class _disk_errors:
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
     """Turns an OSError from writing into an OutputError that says what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, _: object) -> None:
-        if not isinstance(exc, OSError):
-            return
+    try:
+        yield
+    except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"the disk is full: {self.path} can't be written; make room or write elsewhere") from exc
-        raise OutputError(f"cannot write {self.path}: {exc.strerror or exc}") from exc
+            raise OutputError(f"the disk is full: {path} can't be written; make room or write elsewhere") from exc
+        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from converters.sources import Source, SourceTensor
 from edgellm.errors import CheckpointError
 from edgellm.gguf_header import GGML_TYPES, TensorInfo, read_header
 
-_SLAB_BYTES = 4 << 20  # gguf's numpy dequantizers make several temporaries of the size of their input
+_SLAB_BYTES = 1 << 20  # gguf's numpy dequantizers make several temporaries of the size of their input
 
 
 def open_gguf(path: Path) -> Source:
@@ -39,14 +39,15 @@ def _read(path: Path, info: TensorInfo) -> NDArray[np.float32]:
         for start in range(0, info.n_bytes, step):
             raw = np.frombuffer(file.read(min(step, info.n_bytes - start)), dtype=np.uint8)
             first = start // n_block_bytes * block
-            values = _dequantize(raw, info.ggml_type, n_block_bytes)
+            values = _dequantize(raw, info.ggml_type)
             out[first : first + values.size] = values
     return out.reshape(info.shape)
 
 
-def _dequantize(raw: NDArray[np.uint8], ggml_type: int, n_block_bytes: int) -> NDArray[np.float32]:
+def _dequantize(raw: NDArray[np.uint8], ggml_type: int) -> NDArray[np.float32]:
     name = GGML_TYPES[ggml_type][0]
     if name in ("F32", "F16", "F64"):
         return raw.view({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[name]).astype(np.float32, copy=False)
-    values: NDArray[np.float32] = dequantize(raw.reshape(-1, n_block_bytes), GGMLQuantizationType(ggml_type))
+    # as one long row: gguf works through a few rows at a time, and short ones take it ten times as long
+    values: NDArray[np.float32] = dequantize(raw.reshape(1, -1), GGMLQuantizationType(ggml_type))
     return values.reshape(-1)
