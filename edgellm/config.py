@@ -47,6 +47,8 @@ class LoadParams:
         _check(self.n_batch >= 1, "n_batch", self.n_batch, "at least 1 token")
         _check(self.n_threads >= 0, "n_threads", self.n_threads, "0 (all cores) or more")
         _check(self.kv_type in ("f16", "bf16", "f32", "q8_0"), "kv_type", self.kv_type, "f16, bf16, f32 or q8_0")
+        fits = self.kv_type in ("f16", "bf16", "f32") or self.flash_attn is not False
+        _check(fits, "kv_type", self.kv_type, "f16, bf16 or f32 when flash_attn is off")
         _check(self.load_mode in ("mmap", "repack", "mlock"), "load_mode", self.load_mode, "mmap, repack or mlock")
 
 

@@ -144,7 +144,9 @@ def generate(
 
 def join(responses: Iterator[GenerationResponse]) -> tuple[str, list[int], FinishReason, GenerationStats]:
     """All of a stream: text, token ids, finish reason, stats. GenerationError if it ended without a reason."""
-    text, token_ids, last = [], [], None
+    text: list[str] = []
+    token_ids: list[int] = []
+    last: GenerationResponse | None = None
     for last in responses:
         text.append(last.text)
         token_ids.extend(last.token_ids)

@@ -85,8 +85,15 @@ class ControlMarker:
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
-        controls = sorted(vocab.control_tokens, key=len, reverse=True)  # llama.cpp matches the longest first
-        self._pattern = re.compile("|".join(map(re.escape, controls))) if controls else None
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        controls = sorted(self._vocab.control_tokens, key=len, reverse=True)  # as llama.cpp: the longest first
+        return re.compile("|".join(map(re.escape, controls)) or "(?!)")
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._vocab.control_tokens), default=0)
 
     @functools.cached_property
     def _beginnings(self) -> set[str]:
@@ -113,15 +120,13 @@ class ControlMarker:
 
         Marks never become the outermost character next to a space: templates trim messages.
         """
-        if self._pattern is None:
-            return text
         marked = self._pattern.sub(lambda m: m.group()[0] + mark + m.group()[1:], text)
         core = marked.strip()
-        longest = max(map(len, self._vocab.control_tokens))
-        if any(core[:n] in self._endings for n in range(1, min(longest, len(core)) + 1)):
+        lengths = range(1, min(self._longest, len(core)) + 1)
+        if any(core[:n] in self._endings for n in lengths):
             at = len(marked) - len(marked.lstrip())
             marked = marked[:at] + mark + marked[at:]
-        if any(core[-n:] in self._beginnings for n in range(1, min(longest, len(core)) + 1)):
+        if any(core[-n:] in self._beginnings for n in lengths):
             at = len(marked.rstrip())
             marked = marked[:at] + mark + marked[at:]
         return marked
@@ -146,7 +151,6 @@ class ControlMarker:
 
     def _split(self, rendered: str) -> Iterator[tuple[str, bool]]:
         """(text, whether it is a control token), with the spaces gone that control tokens swallow."""
-        assert self._pattern is not None  # nothing is marked without control tokens
         strips = self._vocab.control_tokens
         at, strip_next = 0, False
         for match in self._pattern.finditer(rendered):

@@ -123,9 +123,8 @@ def print_receipt(receipt: Any, as_json: bool = False) -> None:
         + (f"; peak memory {size(receipt.peak_memory)}" if receipt.peak_memory else ""),
     ]
     if receipt.n_fallback:
-        lines.append(
-            f"  note      {receipt.n_fallback} tensors have rows that don't fit the recipe's type; nearest type used"
-        )
+        tensors = "1 tensor has" if receipt.n_fallback == 1 else f"{receipt.n_fallback} tensors have"
+        lines.append(f"  note      {tensors} rows that don't fit the recipe's type; the nearest type is used")
     lines += [f"  note      {note}" for note in receipt.notes]
     lines += [f"  checked   {check}" for check in receipt.checks]
     typer.echo("\n".join(lines))

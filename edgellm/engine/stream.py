@@ -1,38 +1,73 @@
-"""One generation of a model as an iterator that can be cancelled and closed."""
+"""One generation of a model: an iterator that can be cancelled and closed, and its async twin."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from types import TracebackType
 
-from edgellm.errors import Cancelled
 from edgellm.generation import GenerationResponse
 
-Work = Callable[[], Iterator[GenerationResponse]]
+
+class Ticket:
+    """Stands for one generation while it waits for its turn and has it."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner  # the task it belongs to; None = whichever thread takes the first item
+        self.cancelled = False
 
 
 class Stream(Iterator[GenerationResponse]):
-    """Iterate it for the answer; the model's turn is taken at the first item and given back at the end.
+    """Iterate it for the answer. The model's turn is taken at the first item and given back at the end.
 
     The turn also returns on `close()`, on leaving a `with` block, and when the object is thrown away.
     """
 
-    def __init__(self, run: Callable[[Stream], Generator[GenerationResponse, None, None]]) -> None:
-        self.cancelled = False
-        self._generator = run(self)
+    def __init__(
+        self,
+        ticket: Ticket,
+        responses: Generator[GenerationResponse, None, None],
+        cancel: Callable[[Ticket], None],
+    ) -> None:
+        # `responses` must not know this object: a cycle would keep an abandoned stream alive, and its turn
+        self._ticket, self._responses, self._cancel = ticket, responses, cancel
 
     def __next__(self) -> GenerationResponse:
-        return next(self._generator)
+        return next(self._responses)
 
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
+    ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """End the generation here. The model keeps what it has evaluated, for the next call."""
-        self._generator.close()
+    def cancel(self) -> None:
+        """Interrupt it, from any thread: it ends with the finish reason "cancelled", or raises Cancelled."""
+        self._cancel(self._ticket)
 
-    def check(self) -> None:
-        if self.cancelled:
-            raise Cancelled("cancelled before the first token")
+    def close(self) -> None:
+        """End it here, on the thread that iterates it. The model keeps what it has evaluated, for the next call."""
+        self._responses.close()
+
+
+async def iterate_async(open_stream: Callable[[], Stream]) -> AsyncIterator[GenerationResponse]:
+    """The items of a stream, each computed on a thread of its own, so that the event loop stays free.
+
+    When the consumer goes away, or its task is cancelled, the step that is running is interrupted.
+    """
+    import asyncio  # here: a cold `edgellm run` doesn't wait for it
+    from concurrent.futures import ThreadPoolExecutor
+
+    executor = ThreadPoolExecutor(1, thread_name_prefix="edgellm-stream")
+    loop = asyncio.get_running_loop()
+    stream: Stream | None = None
+    try:
+        stream = await loop.run_in_executor(executor, open_stream)
+        while (item := await loop.run_in_executor(executor, next, stream, None)) is not None:
+            yield item
+    finally:
+        if stream is not None:
+            stream.cancel()
+            await loop.run_in_executor(executor, stream.close)
+        executor.shutdown(wait=False)

@@ -42,9 +42,7 @@ class Context:
     n_outputs × n_vocab floats. embeddings: make a context for `embedding` instead of text.
     """
 
-    def __init__(
-        self, model: NativeModel, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False
-    ) -> None:
+    def __init__(self, model: NativeModel, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> None:
         self._lib = lib = library.load()
         self.model = model
         self.tokens: list[int] = []
@@ -54,14 +52,20 @@ class Context:
         wanted = params.n_ctx or model.n_ctx_train
         self.n_ctx = min(wanted, model.n_ctx_train) if model.n_ctx_train > 0 else wanted
         self._abort_callback, abort_flag = _flag_reader(lib)
-        native_params = _context_params(lib, params, self.n_ctx, n_outputs, embeddings)
+        native_params = _context_params(lib, params, self.n_ctx, n_outputs)
+        if embeddings:
+            native_params.embeddings = True
+            if not model.names_pooling:
+                native_params.pooling_type = lib.LLAMA_POOLING_TYPE_MEAN
         native_params.abort_callback = self._abort_callback
         native_params.abort_callback_data = ctypes.addressof(abort_flag)
         library.forget_errors()
         pointer = lib.llama_init_from_model(model.pointer, native_params)
         if not pointer:
             reason = library.last_error("out of memory?")
-            raise GenerationError(f"cannot make a context of {self.n_ctx} tokens: {reason}; try a smaller n_ctx")
+            raise GenerationError(
+                f"cannot make a context of {self.n_ctx} tokens: {reason}; try a smaller n_ctx or another kv_type"
+            )
         # llama.cpp rounds sizes; what it made is what counts
         self.n_ctx = min(self.n_ctx, int(lib.llama_n_ctx(pointer)))
         self.n_batch = int(lib.llama_n_batch(pointer))
@@ -185,9 +189,9 @@ class Context:
         if self._memory is None:
             return
         kept = len(self.tokens)
-        if kept and self._lib.llama_memory_seq_rm(self._memory, 0, kept, -1):
-            if self._memory_range()[1] == kept - 1:
-                return
+        removed = kept and self._lib.llama_memory_seq_rm(self._memory, 0, kept, -1)
+        if removed and self._memory_range()[1] == kept - 1:
+            return
         self._lib.llama_memory_clear(self._memory, False)
         self.tokens.clear()
 
@@ -280,7 +284,7 @@ def _flag_reader(lib: Any) -> tuple[Any, Any]:
     return ctypes.cast(libc.strlen, lib.ggml_abort_callback), ctypes.create_string_buffer(2)
 
 
-def _context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int, embeddings: bool) -> Any:
+def _context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int) -> Any:
     native = lib.llama_context_default_params()
     native.n_ctx = n_ctx
     native.n_batch = native.n_ubatch = min(params.n_batch, n_ctx)
@@ -296,8 +300,6 @@ def _context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int, em
     native.flash_attn_type = flash_attention[params.flash_attn]
     native.no_perf = True
     native.swa_full = True  # without it a sliding-window model can't take back the end of a conversation
-    if embeddings:
-        native.embeddings = True
     return native
 
 

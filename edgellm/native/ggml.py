@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgellm.config import physical_cpu_count
 from edgellm.gguf_header import GGML_TYPES
+from edgellm.native import library
 
 F32 = 0
 _SLAB_WEIGHTS = 1 << 18  # a slab is some 10 ms of work for the slowest types: small enough to balance two cores
@@ -23,13 +24,11 @@ _SLAB_WEIGHTS = 1 << 18  # a slab is some 10 ms of work for the slowest types: s
 
 @cache
 def _library() -> ctypes.CDLL:
-    """libggml-base out of the installed llama-cpp-python, without starting its Python layer's high-level API."""
-    from llama_cpp import _ctypes_extensions as ctypes_extensions
-
-    folder = Path(ctypes_extensions.__file__).parent / "lib"
-    library: ctypes.CDLL = ctypes_extensions.load_shared_library("ggml-base", folder)
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
+    """libggml-base, which lies beside llama.cpp's own library."""
+    bindings = library.load()
+    ggml: ctypes.CDLL = bindings.load_shared_library("ggml-base", Path(bindings.__file__).parent / "lib")
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -38,7 +37,7 @@ def _library() -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_void_p,
     ]
-    return library
+    return ggml
 
 
 @cache

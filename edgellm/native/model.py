@@ -6,11 +6,13 @@ Weights are memory-mapped or copied, as the load mode says. The path must have p
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,20 @@ class NativeModel:
         self.n_embd = int(lib.llama_model_n_embd_out(pointer))
         self.n_swa = int(lib.llama_model_n_swa(pointer))
         self.is_recurrent = bool(lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer))
-        self.has_encoder = bool(lib.llama_model_has_encoder(pointer))
-        self.has_decoder = bool(lib.llama_model_has_decoder(pointer))
+        architecture = _metadata(lib, pointer, "general.architecture")
+        self.names_pooling = _metadata(lib, pointer, f"{architecture}.pooling_type") != ""
 
     def close(self) -> None:
         """Free the weights. Every context of this model must be closed before. Twice is fine."""
+        self.vocab.close()
         self._free()
+
+
+def _metadata(lib: Any, pointer: Any, key: str) -> str:
+    """A scalar of the GGUF's metadata as text; "" where it is missing."""
+    buffer = ctypes.create_string_buffer(128)
+    n = lib.llama_model_meta_val_str(pointer, key.encode(), buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
 
 
 class _ProgressWatch:
@@ -89,15 +99,28 @@ class _ProgressWatch:
 
 
 class Vocab:
-    """Text ↔ token ids of one model. Valid while its model is open (the engine sees to that)."""
+    """Text ↔ token ids of one model. From any thread; GenerationError when the model has been closed."""
 
     def __init__(self, lib: Any, pointer: Any) -> None:
         self._lib, self._pointer = lib, pointer
+        self._lock = threading.Lock()  # close() must not free the vocabulary in the middle of a call
         self.size = int(lib.llama_vocab_n_tokens(pointer))
         self.bos = int(lib.llama_vocab_bos(pointer))
         self.eos = int(lib.llama_vocab_eos(pointer))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(pointer)) and self.bos >= 0
         self._pieces: dict[int, bytes] = {}
+        self._ends: dict[int, bool] = {}
+
+    def close(self) -> None:
+        with self._lock:
+            self._pointer = None
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        with self._lock:
+            if self._pointer is None:
+                raise GenerationError("the model is closed; load it again")
+            yield self._pointer
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Ids of `text`, without BOS or EOS. special: the text of a control token becomes that token."""
@@ -107,7 +130,8 @@ class Vocab:
             raise GenerationError(f"the text holds a lone surrogate at character {exc.start}; remove it") from exc
         room = len(data) + 16  # never more tokens than bytes, but for the prefixes of some tokenizers
         ids = (ctypes.c_int32 * room)()
-        n = self._lib.llama_tokenize(self._pointer, data, len(data), ids, room, False, special)
+        with self._open() as pointer:
+            n = self._lib.llama_tokenize(pointer, data, len(data), ids, room, False, special)
         if n < 0:
             raise GenerationError("llama.cpp could not tokenize the text; check that the model has a vocabulary")
         return ids[:n]
@@ -123,7 +147,8 @@ class Vocab:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            n = self._lib.llama_token_to_piece(self._pointer, token, buffer, room, 0, False)
+            with self._open() as pointer:
+                n = self._lib.llama_token_to_piece(pointer, token, buffer, room, 0, False)
             if n >= 0:
                 return buffer.raw[:n]
             room = -n
@@ -135,7 +160,8 @@ class Vocab:
         room = 16 + 8 * len(ids)
         while True:
             buffer = ctypes.create_string_buffer(room)
-            n = self._lib.llama_detokenize(self._pointer, array, len(ids), buffer, room, False, special)
+            with self._open() as pointer:
+                n = self._lib.llama_detokenize(pointer, array, len(ids), buffer, room, False, special)
             if n >= 0:
                 return buffer.raw[:n].decode("utf-8", "replace")
             room = -n
@@ -148,20 +174,29 @@ class Vocab:
 
     def is_eog(self, token: int) -> bool:
         """Whether the token ends a generation (end of text, end of turn)."""
-        return bool(self._lib.llama_vocab_is_eog(self._pointer, token))
+        known = self._ends.get(token)
+        if known is None:
+            with self._open() as pointer:
+                known = self._ends[token] = bool(self._lib.llama_vocab_is_eog(pointer, token))
+        return known
 
     def text(self, token: int) -> str:
         """The text of a token as it stands in the vocabulary; "" for a token the model lacks (id -1)."""
-        raw = self._lib.llama_vocab_get_text(self._pointer, token) if token >= 0 else b""
+        with self._open() as pointer:
+            return self._read_text(pointer, token)
+
+    def _read_text(self, pointer: Any, token: int) -> str:
+        raw = self._lib.llama_vocab_get_text(pointer, token) if token >= 0 else b""
         return str(raw.decode("utf-8", "replace"))
 
     @functools.cached_property
     def control_tokens(self) -> dict[str, tuple[bool, bool]]:
         """Text of every token that only `special=True` finds → does it swallow spaces (before it, after it)."""
-        attribute, pointer = self._lib.llama_vocab_get_attr, self._pointer
+        attribute = self._lib.llama_vocab_get_attr
         found = {}
-        for token in range(self.size):
-            attributes = attribute(pointer, token)
-            if attributes & (_ATTR_CONTROL | _ATTR_UNKNOWN) and (text := self.text(token)):
-                found[text] = (bool(attributes & _ATTR_LSTRIP), bool(attributes & _ATTR_RSTRIP))
+        with self._open() as pointer:
+            for token in range(self.size):
+                attributes = attribute(pointer, token)
+                if attributes & (_ATTR_CONTROL | _ATTR_UNKNOWN) and (text := self._read_text(pointer, token)):
+                    found[text] = (bool(attributes & _ATTR_LSTRIP), bool(attributes & _ATTR_RSTRIP))
         return found

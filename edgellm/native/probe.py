@@ -6,7 +6,6 @@ Input on stdin, one JSON object: {"path", "texts"}. Output on stdout: {"ids": [[
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -14,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from edgellm.errors import ModelFileError
+from edgellm.errors import EdgeLLMError, ModelFileError
 
 _N_PROBED = 8  # tokens decoded: enough to run every tensor once
 
@@ -26,7 +24,7 @@ class Probe:
     """What a child process saw: token ids of each text (no special tokens added or parsed), and of the logits."""
 
     ids: list[list[int]]
-    logits_finite: bool
+    logits_finite: bool  # and not all the same
 
 
 def probe(path: Path, texts: Sequence[str], timeout: float = 600) -> Probe:
@@ -35,7 +33,7 @@ def probe(path: Path, texts: Sequence[str], timeout: float = 600) -> Probe:
     try:
         child = subprocess.run(
             [sys.executable, "-m", "edgellm.native.probe"],
-            input=request.encode("utf-8", "surrogatepass"),
+            input=request.encode(),
             capture_output=True,
             timeout=timeout,
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
@@ -52,59 +50,25 @@ def probe(path: Path, texts: Sequence[str], timeout: float = 600) -> Probe:
 def _reason(stderr: bytes, code: int) -> str:
     lines = [line.strip() for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower() or "assert" in line.lower()]
-    return (telling or lines or [f"its process ended with {code}"])[0][:300]
-
-
-def _tokenize(api: Any, vocab: Any, text: str) -> list[int]:
-    raw = text.encode("utf-8", "surrogatepass")
-    buffer = (api.llama_token * (len(raw) + 16))()
-    n = api.llama_tokenize(vocab, raw, len(raw), buffer, len(buffer), False, False)
-    if n < 0:
-        raise SystemExit(f"error: tokenizing needs {-n} tokens for {len(raw)} bytes")
-    return list(buffer[:n])
-
-
-def _logits_finite(api: Any, model: Any, vocab: Any) -> bool:
-    """Decode a few tokens and look at the last one's logits."""
-    params = api.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = 64, _N_PROBED, _N_PROBED
-    context = api.llama_init_from_model(model, params)
-    if not context:
-        raise SystemExit("error: no context can be made")
-    n_vocab = api.llama_vocab_n_tokens(vocab)
-    tokens = (api.llama_token * _N_PROBED)(*[(7919 * i) % n_vocab for i in range(1, _N_PROBED + 1)])
-    if api.llama_decode(context, api.llama_batch_get_one(tokens, _N_PROBED)) != 0:
-        raise SystemExit("error: decoding failed")
-    logits = api.llama_get_logits_ith(context, -1)
-    # x - x is 0 for finite numbers only
-    finite = all(x - x == 0.0 for x in logits[:n_vocab]) and any(x != logits[0] for x in logits[:n_vocab])
-    api.llama_free(context)
-    return finite
+    return (telling or lines or [f"its process ended with {code}"])[0].removeprefix("error: ")[:300]
 
 
 def _main() -> None:
-    request = json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass"))
-    from llama_cpp import llama_cpp as api
+    import numpy as np
 
-    params = api.llama_model_default_params()
-    params.use_extra_bufts = False
-    params.n_gpu_layers = 0
-    errors: list[bytes] = []
+    from edgellm.config import LoadParams
+    from edgellm.native.context import Context
+    from edgellm.native.model import NativeModel
 
-    def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            errors.append(text)
-
-    callback = api.llama_log_callback(log)
-    api.llama_log_set(callback, ctypes.c_void_p(0))
-    model = api.llama_model_load_from_file(request["path"].encode(), params)
-    if not model:
-        raise SystemExit("error: " + (b" ".join(errors[:2]).decode("utf-8", "replace").strip() or "no model"))
-    vocab = api.llama_model_get_vocab(model)
-    ids = [_tokenize(api, vocab, text) for text in request["texts"]]
-    finite = _logits_finite(api, model, vocab)
-    api.llama_model_free(model)
-    print(json.dumps({"ids": ids, "logits_finite": finite}))
+    request = json.loads(sys.stdin.buffer.read())
+    try:
+        model = NativeModel(Path(request["path"]), load_mode="mmap", n_gpu_layers=0)
+        ids = [model.vocab.tokenize(text, special=False) for text in request["texts"]]
+        context = Context(model, LoadParams(n_ctx=64, n_batch=_N_PROBED), n_outputs=_N_PROBED)
+        logits = context.logits([7919 * i % model.vocab.size for i in range(1, _N_PROBED + 1)])
+    except EdgeLLMError as exc:
+        raise SystemExit(f"error: {exc}") from exc
+    print(json.dumps({"ids": ids, "logits_finite": bool(np.isfinite(logits).all() and np.ptp(logits) > 0)}))
 
 
 if __name__ == "__main__":

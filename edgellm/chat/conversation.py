@@ -1,0 +1,156 @@
+"""A conversation: its messages, and answers that are kept however they end.
+
+The model's memory is reused from turn to turn by itself: only what is new of the transcript is evaluated, also
+after `undo` or when several conversations share a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgellm.config import SamplingParams
+from edgellm.errors import GenerationError, OutputError, SessionError
+from edgellm.generation import GenerationResponse
+
+_FORMAT = "edgellm-conversation"
+_VERSION = 1
+
+
+class ResponseStream(Iterator[GenerationResponse], Protocol):
+    def close(self) -> None: ...
+
+
+class ChatModel(Protocol):
+    """What a conversation needs of a model (`engine.model.Model`)."""
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> ResponseStream: ...
+
+
+class Conversation:
+    """Turns between a user and a model. `messages` may be read and edited; the next turn uses what it then holds."""
+
+    def __init__(self, model: ChatModel, system: str | None = None) -> None:
+        self._model = model
+        self.messages: list[dict[str, Any]] = []
+        if system:
+            self.messages.append({"role": "system", "content": system})
+
+    def say(
+        self,
+        text: str,
+        params: SamplingParams | None = None,
+        *,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> Generator[GenerationResponse, None, None]:
+        """Send a message; iterate the result for the answer.
+
+        An answer that is cancelled, or no longer iterated, stays in `messages` as far as it came. If nothing came
+        at all (cancelled or failed while the prompt was read) the message is taken back too. Errors: as Model.chat.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        return self._answer(asked, self._model.chat(asked, params, on_progress=on_progress))
+
+    def regenerate(
+        self, params: SamplingParams | None = None, *, on_progress: Callable[[float], object] | None = None
+    ) -> Generator[GenerationResponse, None, None]:
+        """Answer the last user message again, in place of the last answer. GenerationError if there is none."""
+        asked = list(self.messages)
+        while asked and asked[-1]["role"] == "assistant":
+            asked.pop()
+        if not asked or asked[-1]["role"] == "system":
+            raise GenerationError("there is nothing to answer again yet; say something first")
+        return self._answer(asked, self._model.chat(asked, params, on_progress=on_progress))
+
+    def _answer(self, asked: list[dict[str, Any]], stream: ResponseStream) -> Generator[GenerationResponse, None, None]:
+        parts: list[str] = []
+        finished = False
+        try:
+            for response in stream:
+                parts.append(response.text)
+                finished = response.finish_reason is not None
+                yield response
+        finally:
+            stream.close()
+            answer = "".join(parts)
+            if answer or finished:
+                self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+    def undo(self) -> str | None:
+        """Take back the last user message and everything after it. Returns its text, None if there was none."""
+        for i in range(len(self.messages) - 1, -1, -1):
+            if self.messages[i]["role"] == "user":
+                text = str(self.messages[i]["content"])
+                del self.messages[i:]
+                return text
+        return None
+
+    def clear(self) -> None:
+        """Forget every turn; the system message stays."""
+        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+
+    def set_system(self, text: str | None) -> None:
+        """Replace the system message; None or "" removes it."""
+        turns = self.messages[1:] if self.messages[:1] and self.messages[0]["role"] == "system" else self.messages
+        self.messages = ([{"role": "system", "content": text}] if text else []) + turns
+
+    def save(self, path: str | Path) -> None:
+        """Write the transcript as JSON. The file appears whole or not at all. OutputError if it can't be written."""
+        path = Path(path)
+        document = {"format": _FORMAT, "version": _VERSION, "messages": self.messages}
+        data = json.dumps(document, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        try:
+            _write_atomically(path, data)
+        except OSError as exc:
+            raise OutputError(f"cannot write {path}: {exc.strerror or exc}; choose another place") from exc
+
+    @classmethod
+    def load(cls, model: ChatModel, path: str | Path) -> Conversation:
+        """A saved conversation, to go on with. SessionError if the file is missing, damaged or something else."""
+        conversation = cls(model)
+        conversation.messages = _read_messages(Path(path))
+        return conversation
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _read_messages(path: Path) -> list[dict[str, Any]]:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise SessionError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
+    except (ValueError, RecursionError) as exc:
+        raise SessionError(f"{path} is damaged or no saved conversation: {exc}") from exc
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise SessionError(f"{path} is not a conversation saved by edgellm")
+    if document.get("version") != _VERSION:
+        raise SessionError(f"{path} has version {document.get('version')!r}, this edgellm reads {_VERSION}; update it")
+    messages = document.get("messages")
+    if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
+        raise SessionError(f"{path} is damaged: its messages aren't a list of role and content")
+    return messages
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

