@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
@@ -51,6 +52,7 @@ def to_checkpoint(
     tokenizer = build_tokenizer_json(vocabulary)
     n_bytes = sum(prod(tensor.shape) for tensor in tensors) * DTYPES[dtype][2]
     _check_folder(folder, n_bytes, force)
+    _check_replaceable(folder, source.path)
     partial_folder = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     try:
@@ -65,9 +67,7 @@ def to_checkpoint(
 
         write_shards(partial_folder, tensors, dtype, on_tensor)
         _write_small_files(partial_folder, config, vocabulary, tokenizer)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial_folder, folder)
+        _put_in_place(partial_folder, folder)
     except OSError as exc:
         raise OutputError(f"cannot write {folder}: {exc.strerror or exc}; make room or choose another folder") from exc
     finally:
@@ -86,6 +86,25 @@ def _check_folder(folder: Path, n_bytes: int, force: bool) -> None:
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise OutputError(f"{parent} has {free:,} bytes free, the checkpoint needs {n_bytes:,}; make room")
+
+
+def _check_replaceable(folder: Path, gguf: Path) -> None:
+    """--force replaces an earlier checkpoint, never somebody's home folder or the one that holds the source."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise OutputError(f"{folder} holds no checkpoint, so --force won't replace it; name another folder")
+    if gguf.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(f"the GGUF itself is in {folder}, which would be replaced; name another folder")
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Give the complete folder its name; the one it replaces is moved aside first and deleted last."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.replaced-", dir=folder.parent))
+    os.replace(folder, aside / folder.name)
+    os.replace(new, folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def gguf_config(arch: Arch, source: Source, dtype: str = "f32") -> dict[str, Any]:

@@ -21,7 +21,7 @@ def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: En
 
     reference: token ids of a text by the checkpoint's own tokenizer, without special tokens.
     """
-    header = check_loadable(partial)
+    header = check_loadable(partial, unfinished=True)
     planned = {tensor.name: (tensor.shape, tensor.type_name) for tensor in plan.tensors}
     written = {name: (info.shape, info.type_name) for name, info in header.tensors.items()}
     if planned != written:

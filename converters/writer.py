@@ -29,6 +29,8 @@ _MAGIC = b"GGUF"
 
 def check_output(out: Path, n_bytes: int, force: bool) -> None:
     """Refuse an output that can't be written, before any work is done."""
+    with _disk_errors(out):  # a name too long, for one
+        out.with_name(out.name + ".partial").exists()
     if out.is_dir():
         raise OutputError(f"{out} is a folder; name the GGUF file to write")
     if out.exists() and not force:
@@ -120,7 +122,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        # numpy's tofile reports a write that ended short without an errno
+        if exc.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(f"the disk is full: {path} can't be written; make room or write elsewhere") from exc
         raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
 

@@ -92,9 +92,14 @@ class GGUFHeader:
         return str(self.metadata.get("general.architecture", ""))
 
 
-def read_header(path: str | Path) -> GGUFHeader:
-    """Metadata and tensor positions of a GGUF. ModelFileError: no such file, not a GGUF, truncated, malformed."""
+def read_header(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
+    """Metadata and tensor positions of a GGUF. ModelFileError: no such file, not a GGUF, truncated, malformed.
+
+    unfinished: the converter looks at its own `.partial` file, which is nobody's model before it is checked.
+    """
     path = Path(path)
+    if path.suffix == ".partial" and not unfinished:
+        raise ModelFileError(f"{path} is what an interrupted conversion left; delete it and convert again")
     try:
         n_bytes = path.stat().st_size
         if path.is_dir():
@@ -108,9 +113,9 @@ def read_header(path: str | Path) -> GGUFHeader:
         raise ModelFileError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
 
 
-def check_loadable(path: str | Path) -> GGUFHeader:
+def check_loadable(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
     """The header of a file that llama.cpp can be given; ModelFileError where its native code would abort."""
-    header = read_header(path)
+    header = read_header(path, unfinished=unfinished)
     if not header.architecture:
         raise ModelFileError(f"{header.path} has no general.architecture: it is no model file")
     if header.metadata.get("general.type", "model") not in ("model", "mmproj"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from converters.architectures.ops import permute_rope
+from converters.architectures.rope import rope_parameters
 from converters.architectures.spec import KV, Arch, Config, Weight, config_int
 from edgellm.errors import CheckpointError, UnsupportedArchitecture
 
@@ -45,7 +46,7 @@ def check(config: Config) -> None:
     """Refuses what llama.cpp's llama graph computes otherwise."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedArchitecture(f"hidden_act {config['hidden_act']!r} isn't supported here: llama.cpp has silu")
-    if (config.get("rope_parameters") or {}).get("partial_rotary_factor") not in (None, 1):
+    if any(part.get("partial_rotary_factor") not in (None, 1) for part in (config, rope_parameters(config))):
         raise UnsupportedArchitecture("a partial rotary embedding isn't supported for Llama-type models")
 
 

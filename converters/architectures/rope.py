@@ -22,8 +22,12 @@ _LLAMA3_ORIGINAL_CONTEXTS = (8192, 4096, 16384, 32768)
 
 def rope_parameters(config: Config) -> dict[str, Any]:
     """`rope_type`, `rope_theta` and the type's own fields, whichever dialect the config is written in."""
-    params = dict(config.get("rope_scaling") or {})
-    params.update(config.get("rope_parameters") or {})
+    params: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        stated = config.get(name) or {}
+        if not isinstance(stated, dict) or any(isinstance(value, dict) for value in stated.values()):
+            raise CheckpointError(f"config.json has {name} = {str(stated)[:60]!r}, expected one table of numbers")
+        params |= stated
     params["rope_type"] = str(params.get("rope_type") or params.get("type") or "default")
     params.pop("type", None)
     params.setdefault("rope_theta", config.get("rope_theta") or 10000.0)

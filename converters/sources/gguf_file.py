@@ -34,13 +34,19 @@ def _read(path: Path, info: TensorInfo) -> NDArray[np.float32]:
     out = np.empty(info.n_elements, dtype=np.float32)
     _, block, n_block_bytes = GGML_TYPES[info.ggml_type]
     step = max(1, _SLAB_BYTES // n_block_bytes) * n_block_bytes
-    with path.open("rb") as file:
-        file.seek(info.offset)
-        for start in range(0, info.n_bytes, step):
-            raw = np.frombuffer(file.read(min(step, info.n_bytes - start)), dtype=np.uint8)
-            first = start // n_block_bytes * block
-            values = _dequantize(raw, info.ggml_type)
-            out[first : first + values.size] = values
+    try:
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            for start in range(0, info.n_bytes, step):
+                n = min(step, info.n_bytes - start)
+                raw = np.frombuffer(file.read(n), dtype=np.uint8)
+                if raw.size != n:
+                    raise CheckpointError(f"{path} changed while it was read: tensor {info.name} is cut off")
+                first = start // n_block_bytes * block
+                values = _dequantize(raw, info.ggml_type)
+                out[first : first + values.size] = values
+    except OSError as exc:
+        raise CheckpointError(f"cannot read tensor {info.name} in {path}: {exc.strerror or exc}") from exc
     return out.reshape(info.shape)
 
 

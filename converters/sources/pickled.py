@@ -6,6 +6,7 @@ read one tensor at a time with plain file reads, so that memory doesn't grow wit
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,9 @@ def read_pickled(path: Path) -> dict[str, SourceTensor]:
             "or save the model as safetensors"
         ) from exc
     try:
-        content = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():  # torch warns about pickles of other versions, and then refuses them or not
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as exc:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError … for bad files
         raise CheckpointError(f"{path} {_reason(exc)}") from exc
     state = content.get("state_dict", content) if isinstance(content, dict) else content
@@ -82,7 +85,10 @@ def _read(
 ) -> NDArray[np.float32]:
     item = np.dtype(stored).itemsize
     span = 1 + sum((size - 1) * (step // item) for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
-    raw = np.fromfile(path, dtype=stored, count=span, offset=offset)
+    try:
+        raw = np.fromfile(path, dtype=stored, count=span, offset=offset)
+    except OSError as exc:
+        raise CheckpointError(f"cannot read tensor {name} in {path}: {exc.strerror or exc}") from exc
     if raw.size != span:
         raise CheckpointError(f"{path} is cut off inside tensor {name}; copy it again")
     view = np.lib.stride_tricks.as_strided(raw, shape, strides, writeable=False)

@@ -85,7 +85,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError) as exc:
         raise CheckpointError(f"{path} is damaged: bad header entry for tensor {name}; copy it again") from exc
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise CheckpointError(f"{path}: tensor {name} has type {dtype}, which isn't supported")
     if not whole or end - begin != prod(shape) * _DTYPES[dtype][1]:
         raise CheckpointError(f"{path} is damaged: the size of tensor {name} doesn't fit its shape; copy it again")
@@ -93,7 +93,10 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
 
 
 def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[np.float32]:
-    raw = np.fromfile(path, dtype=_DTYPES[dtype][0], count=prod(shape), offset=offset)
+    try:
+        raw = np.fromfile(path, dtype=_DTYPES[dtype][0], count=prod(shape), offset=offset)
+    except OSError as exc:
+        raise CheckpointError(f"cannot read tensor {name} in {path}: {exc.strerror or exc}") from exc
     if raw.size != prod(shape):
         raise CheckpointError(f"{path} changed while it was read: tensor {name} is cut off")
     return to_float32(raw, dtype).reshape(shape)

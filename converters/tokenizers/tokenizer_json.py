@@ -28,6 +28,7 @@ def read_tokenizer_json(folder: Path, config: Mapping[str, Any], pre: str | None
         raise TokenizerError(f"{folder / 'tokenizer.json'} has no vocabulary table; only BPE tokenizers are supported")
     if model.get("type", "BPE") != "BPE":
         raise TokenizerError(f"{folder / 'tokenizer.json'} is a {model['type']} tokenizer; BPE is supported")
+    _check_form(folder / "tokenizer.json", tokenizer)
     byte_fallback = bool(model.get("byte_fallback"))
     tokens, types = _tokens(tokenizer, byte_fallback)
     merges = _merges(model)
@@ -51,6 +52,23 @@ def read_tokenizer_json(folder: Path, config: Mapping[str, Any], pre: str | None
     notes = (f"the tokenizer normalizes text ({normalizer['type']}), llama.cpp doesn't",) if normalizer else ()
     joined = [f"{left} {right}" for left, right in merges]
     return Vocabulary(model="gpt2", pre=pre or identify(tokenizer), merges=joined, notes=notes, **shared)
+
+
+def _check_form(path: Path, tokenizer: Mapping[str, Any]) -> None:
+    """Each part is a table or absent, each list of steps a list of tables."""
+    lists = {"added_tokens": tokenizer.get("added_tokens")}
+    for part, steps in (
+        ("normalizer", "normalizers"),
+        ("pre_tokenizer", "pretokenizers"),
+        ("post_processor", "processors"),
+    ):
+        found = tokenizer.get(part)
+        if not isinstance(found, dict | None):
+            raise TokenizerError(f"{path} is damaged: its {part} is no table; copy it again")
+        lists[steps] = (found or {}).get(steps)
+    for name, entries in lists.items():
+        if not isinstance(entries, list | None) or not all(isinstance(entry, dict) for entry in entries or ()):
+            raise TokenizerError(f"{path} is damaged: its {name} are no list of tables; copy it again")
 
 
 def _tokens(tokenizer: Mapping[str, Any], byte_fallback: bool) -> tuple[list[str], list[int]]:
@@ -221,7 +239,12 @@ def _bpe(vocabulary: Vocabulary, merges: list[list[str]], ignore_merges: bool, b
         "fuse_unk": byte_fallback,
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
-        "vocab": {token: i for i, token in enumerate(vocabulary.tokens)},
+        "vocab": {
+            token: i
+            for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+            # filling for embedding rows without a token: reading the file back fills them again
+            if not (kind == TokenType.UNUSED and token == f"[PAD{i}]")
+        },
         "merges": merges,
     }
 

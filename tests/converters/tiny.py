@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from converters.tokenizers.corpus import sample_texts
 
@@ -19,6 +19,22 @@ CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# as the families' own tokenizer.json files have them, written out independently of the converter's table
+REGEXES = {
+    "llama-bpe": CL100K,
+    "qwen2": CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "gpt-4o": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+PRE_TOKENIZERS = ("smollm", "gpt-2", *REGEXES)
 SMALL = {
     "vocab_size": 1024,
     "hidden_size": 128,
@@ -33,13 +49,13 @@ SMALL = {
 @cache
 def byte_level_tokenizer(pre: str = "smollm") -> str:
     """tokenizer.json of a byte-level BPE trained on the corpus: 1000 tokens, three of them control tokens."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre != "llama-bpe")
-    steps = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
-        "llama-bpe": [pre_tokenizers.Split(Regex(CL100K), "isolated"), byte_level],
-        "gpt-2": [byte_level],
-    }[pre]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken")))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in REGEXES)
+    steps = {"smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level], "gpt-2": [byte_level]}.get(pre)
+    if steps is None:
+        steps = [pre_tokenizers.Split(Regex(REGEXES[pre]), "isolated"), byte_level]
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
