@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from converters.architectures.gemma import GEMMA, GEMMA2, GEMMA3
+from converters.architectures.gpt2 import GPT2
+from converters.architectures.granite import GRANITE, GRANITE_MOE
 from converters.architectures.llama import LLAMA
+from converters.architectures.mixtral import MIXTRAL
+from converters.architectures.olmo import OLMO2, OLMOE
+from converters.architectures.phi3 import PHI3
+from converters.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from converters.architectures.smollm3 import SMOLLM3
 from converters.architectures.spec import Arch, Config, hf_class
+from converters.architectures.stablelm import STABLELM
+from converters.architectures.starcoder2 import STARCODER2
 from edgellm.errors import UnsupportedArchitecture
 
-ARCHITECTURES: tuple[Arch, ...] = (LLAMA,)
+ARCHITECTURES: tuple[Arch, ...] = (
+    LLAMA, MIXTRAL, SMOLLM3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, PHI3, GPT2, STARCODER2,
+    STABLELM, OLMO2, OLMOE, GRANITE, GRANITE_MOE,
+)  # fmt: skip
 
 
 def find_architecture(config: Config) -> Arch:
     """The family of a config.json; UnsupportedArchitecture names what was found and what there is."""
     wanted = hf_class(config)
     for arch in ARCHITECTURES:
-        if wanted in arch.hf_classes:
+        if wanted in arch.model_types:
             return arch
     raise UnsupportedArchitecture(f"model class {wanted} isn't supported; supported: {_supported()}")
 
@@ -28,4 +41,4 @@ def find_gguf_architecture(name: str) -> Arch:
 
 
 def _supported() -> str:
-    return ", ".join(name for arch in ARCHITECTURES for name in arch.hf_classes)
+    return ", ".join(name for arch in ARCHITECTURES for name in arch.model_types)

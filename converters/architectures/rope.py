@@ -21,13 +21,25 @@ _LLAMA3_ORIGINAL_CONTEXTS = (8192, 4096, 16384, 32768)
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """`rope_type`, `rope_theta` and the type's own fields, whichever dialect the config is written in."""
-    params = dict(config.get("rope_scaling") or {})
-    params.update(config.get("rope_parameters") or {})
+    """`rope_type`, `rope_theta` and the type's own fields, whichever dialect the config is written in.
+
+    Where kinds of attention have ropes of their own, it is full attention's.
+    """
+    params = layer_rope(config, "full_attention") or {
+        **(config.get("rope_scaling") or {}),
+        **(config.get("rope_parameters") or {}),
+    }
     params["rope_type"] = str(params.get("rope_type") or params.get("type") or "default")
     params.pop("type", None)
-    params.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    if params.get("rope_theta") is None:
+        params["rope_theta"] = config.get("rope_theta") or 10000.0
     return params
+
+
+def layer_rope(config: Config, kind: str) -> dict[str, Any]:
+    """The rope of one kind of attention ("sliding_attention", …), empty where all kinds share one."""
+    nested = (config.get("rope_parameters") or {}).get(kind)
+    return dict(nested) if isinstance(nested, dict) else {}
 
 
 def rope_metadata(config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -41,7 +53,7 @@ def rope_metadata(config: Config) -> tuple[dict[str, Any], list[str]]:
         entries |= _yarn_metadata(params, config)
     elif kind == "dynamic":
         notes.append("dynamic rope scaling only acts beyond the trained context, which the GGUF keeps as its limit")
-    elif kind not in ("default", "llama3"):
+    elif kind not in ("default", "llama3", "longrope", "su"):  # the last two: tensors, see phi3
         raise UnsupportedArchitecture(
             f"rope scaling {kind!r} isn't supported for this family; supported: default, linear, yarn, llama3, dynamic"
         )

@@ -18,13 +18,16 @@ from edgellm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One stored tensor. `shape` is as stored (rows first); `read()` gives it as float32, freshly allocated."""
+    """One stored tensor. `shape` is as stored (rows first).
+
+    `read()` gives it as float32, freshly allocated; `read(k, n)` the k-th of n equal parts along the first axis.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str  # F32, F16, BF16, F64, or a ggml type's name
     n_bytes: int
-    read: Callable[[], NDArray[np.float32]]
+    read: Callable[..., NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def _read(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     offset: int,
+    k: int = 0,
+    n: int = 1,
 ) -> NDArray[np.float32]:
     item = np.dtype(stored).itemsize
     span = 1 + sum((size - 1) * (step // item) for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
@@ -86,4 +88,6 @@ def _read(
     if raw.size != span:
         raise CheckpointError(f"{path} is cut off inside tensor {name}; copy it again")
     view = np.lib.stride_tricks.as_strided(raw, shape, strides, writeable=False)
+    if n > 1:
+        view = np.split(view, n)[k]
     return to_float32(np.ascontiguousarray(view), dtype)

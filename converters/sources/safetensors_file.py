@@ -92,11 +92,15 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     return dtype, shape, begin, end
 
 
-def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[np.float32]:
-    raw = np.fromfile(path, dtype=_DTYPES[dtype][0], count=prod(shape), offset=offset)
-    if raw.size != prod(shape):
+def _read(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, k: int = 0, n: int = 1
+) -> NDArray[np.float32]:
+    numpy_type, item = _DTYPES[dtype]
+    count = prod(shape) // n
+    raw = np.fromfile(path, dtype=numpy_type, count=count, offset=offset + k * count * item)
+    if raw.size != count:
         raise CheckpointError(f"{path} changed while it was read: tensor {name} is cut off")
-    return to_float32(raw, dtype).reshape(shape)
+    return to_float32(raw, dtype).reshape((shape[0] // n, *shape[1:]) if n > 1 else shape)
 
 
 def to_float32(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:

@@ -1,0 +1,79 @@
+"""Phi-3, Phi-3.5 and Phi-4 (mini and 14B): fused projections, long-rope factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from converters.architectures.common import BASE_METADATA, RMS_EPS, embeddings, linear, norm, standard_sizes
+from converters.architectures.rope import rope_parameters
+from converters.architectures.spec import Arch, Array, Config, Sizes, config_int, require
+from edgellm.errors import CheckpointError
+
+_DEFAULTS = {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "hidden_act": "silu", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False, "original_max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def check(config: Config) -> list[str]:
+    """Refuses what llama.cpp's graph computes otherwise."""
+    require(config, "hidden_act", "silu")
+    return []
+
+
+def extra(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """The window (0 tells llama.cpp that this is Phi-4) and, for long rope, its context and attention factor."""
+    params, trained = rope_parameters(config), config_int(config, "max_position_embeddings")
+    original = int(
+        params.get("original_max_position_embeddings") or config_int(config, "original_max_position_embeddings")
+    )
+    entries: dict[str, Any] = {
+        "attention.sliding_window": int(config.get("sliding_window") or 0),
+        "rope.scaling.original_context_length": original,
+    }
+    if params["rope_type"] in ("longrope", "su"):
+        scale = trained / original
+        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+        entries["rope.scaling.attn_factor"] = float(params.get("attention_factor") or factor)
+    return entries
+
+
+def tensors(config: Config, sizes: Sizes) -> dict[str, Array]:
+    """The frequency divisors for contexts beyond the original length and within it, float32 (n_rot/2,) each."""
+    params = rope_parameters(config)
+    if params["rope_type"] not in ("longrope", "su"):
+        return {}
+    found = {}
+    for kind in ("long", "short"):
+        values = np.asarray(params.get(f"{kind}_factor"), dtype=np.float32)
+        if values.shape != (sizes["n_rot"] // 2,):
+            raise CheckpointError(
+                f"config.json has {values.size} rope {kind}_factor values, expected {sizes['n_rot'] // 2}"
+            )
+        found[f"rope_factors_{kind}.weight"] = values
+    return found
+
+
+PHI3 = Arch(
+    name="phi3",
+    model_types={"Phi3ForCausalLM": "phi3"},
+    defaults={"Phi3ForCausalLM": _DEFAULTS},
+    sizes=standard_sizes,
+    check=check,
+    extra=extra,
+    tensors=tensors,
+    metadata=BASE_METADATA + RMS_EPS,
+    weights=(
+        *embeddings(),
+        *norm("input_layernorm", "attn_norm"),
+        *linear("self_attn.qkv_proj", "attn_qkv", "n_qkv", "n_embd"),
+        *linear("self_attn.o_proj", "attn_output", "n_embd", "n_q"),
+        *norm("post_attention_layernorm", "ffn_norm"),
+        *linear("mlp.gate_up_proj", "ffn_up", "n_ff_fused", "n_embd"),
+        *linear("mlp.down_proj", "ffn_down", "n_embd", "n_ff"),
+    ),
+)
