@@ -39,6 +39,10 @@ def gguf_config(arch: Arch, source: Source, dtype: str = "f32") -> dict[str, Any
     if arch.rope:
         factors = source.tensors.get("rope_freqs.weight")
         rope = rope_config(metadata, arch.name, sizes["n_rot"], None if factors is None else factors.read())
+        for kind in ("long", "short"):
+            if f"rope_factors_{kind}.weight" in source.tensors:
+                values = source.tensors[f"rope_factors_{kind}.weight"].read()
+                rope |= {"rope_type": "longrope", f"{kind}_factor": [shortest(float(value)) for value in values]}
         config["rope_theta"] = rope.pop("rope_theta")
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

@@ -53,7 +53,7 @@ def to_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     source, folder = open_gguf(Path(gguf)), Path(folder)
-    arch = find_gguf_architecture(str(source.metadata.get("general.architecture", "")))
+    arch = find_gguf_architecture(source.metadata)
     config = gguf_config(arch, source, dtype)
     sizes = arch.sizes(arch.complete_config(config))
     tensors = _out_tensors(arch, config, sizes, source)
@@ -74,7 +74,8 @@ def to_checkpoint(
                 on_progress(name, done, n_bytes)
 
         write_shards(partial_folder, tensors, dtype, on_tensor)
-        _write_small_files(partial_folder, config, vocabulary, tokenizer)
+        n_ctx = int(source.metadata.get(f"{arch.name}.context_length", 2048))
+        _write_small_files(partial_folder, config, vocabulary, tokenizer, n_ctx)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial_folder, folder)
@@ -101,7 +102,7 @@ def _check_folder(folder: Path, n_bytes: int, force: bool) -> None:
 def _out_tensors(arch: Arch, config: Config, sizes: Sizes, source: Source) -> list[OutTensor]:
     """Every tensor of the checkpoint; CheckpointError where the GGUF has too few or too many."""
     made_of: dict[str, list[tuple[SourceTensor, Weight]]] = {}
-    used = {"rope_freqs.weight", *arch.tensors(arch.complete_config(config), sizes)}
+    used = {"rope_freqs.weight", *arch.tensors(arch.complete_config(config), sizes)}  # made from the config
     for weight in arch.weights:
         for i in blocks(weight, config, sizes):
             name, names = gguf_name(weight, i), hf_names(weight, i, sizes)
@@ -162,7 +163,7 @@ def _read_back(parts: Sequence[tuple[SourceTensor, Weight]], sizes: Sizes) -> Ar
 
 
 def _write_small_files(
-    folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, tokenizer: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, tokenizer: Mapping[str, Any], n_ctx: int
 ) -> None:
     dump_json(folder / "config.json", config)
     dump_json(folder / "tokenizer.json", tokenizer)
@@ -176,7 +177,7 @@ def _write_small_files(
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": vocabulary.add_eos,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
+        "model_max_length": n_ctx,
         **special,
     }
     dump_json(folder / "tokenizer_config.json", tokenizer_config)

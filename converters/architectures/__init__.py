@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from converters.architectures.gemma import GEMMA, GEMMA2, GEMMA3
 from converters.architectures.gpt2 import GPT2
 from converters.architectures.granite import GRANITE, GRANITE_MOE
@@ -31,10 +34,12 @@ def find_architecture(config: Config) -> Arch:
     raise UnsupportedArchitecture(f"model class {wanted} isn't supported; supported: {_supported()}")
 
 
-def find_gguf_architecture(name: str) -> Arch:
-    """The family of a GGUF's general.architecture; UnsupportedArchitecture as above."""
+def find_gguf_architecture(metadata: Mapping[str, Any]) -> Arch:
+    """The family of a GGUF, by its metadata; UnsupportedArchitecture as above."""
+    name = str(metadata.get("general.architecture", ""))
+    has_experts = bool(metadata.get(f"{name}.expert_count"))
     for arch in ARCHITECTURES:
-        if arch.name == name:
+        if arch.name == name and has_experts == any("n_expert" in weight.shape for weight in arch.weights):
             return arch
     known = ", ".join(arch.name for arch in ARCHITECTURES)
     raise UnsupportedArchitecture(f"architecture {name!r} can't be written as a checkpoint; supported: {known}")

@@ -74,6 +74,14 @@ def partial_rotary_factor(config: Config) -> float:
     return 1.0
 
 
+def window_context_length(config: Config) -> tuple[int, list[str]]:
+    """As far as llama.cpp computes the same, for families whose graph there has no sliding window."""
+    trained, window = config_int(config, "max_position_embeddings"), config.get("sliding_window")
+    if not window or window >= trained:
+        return trained, []
+    return window, [f"context limited to the sliding window of {window} tokens, which llama.cpp doesn't apply here"]
+
+
 def embeddings(head: bool = True) -> tuple[Weight, ...]:
     """Token embedding, final norm and, where a model may have its own, the output head."""
     weights = (
@@ -84,21 +92,34 @@ def embeddings(head: bool = True) -> tuple[Weight, ...]:
 
 
 def linear(
-    hf: str, gguf: str, rows: str, columns: str, ops: tuple[Op, ...] = (), bias: str | bool = False
+    hf: str,
+    gguf: str,
+    rows: str,
+    columns: str,
+    ops: tuple[Op, ...] = (),
+    bias: str | bool = False,
+    block: str = BLOCK,
 ) -> tuple[Weight, ...]:
     """A linear layer of each block. bias: True, or the config flag that says whether it has one."""
-    weight = Weight(f"{BLOCK}{hf}.weight", f"blk.{{i}}.{gguf}.weight", (rows, columns), ops)
+    weight = Weight(f"{block}{hf}.weight", f"blk.{{i}}.{gguf}.weight", (rows, columns), ops)
     if not bias:
         return (weight,)
     flag = bias if isinstance(bias, str) else ""
     row_ops = tuple(op for op in ops if op.axis == "rows")
-    return weight, Weight(f"{BLOCK}{hf}.bias", f"blk.{{i}}.{gguf}.bias", (rows,), row_ops, flag=flag)
+    return weight, Weight(f"{block}{hf}.bias", f"blk.{{i}}.{gguf}.bias", (rows,), row_ops, flag=flag)
 
 
-def norm(hf: str, gguf: str, size: str = "n_embd", ops: tuple[Op, ...] = (), bias: bool = False) -> tuple[Weight, ...]:
+def norm(
+    hf: str,
+    gguf: str,
+    size: str = "n_embd",
+    ops: tuple[Op, ...] = (),
+    bias: bool = False,
+    block: str = BLOCK,
+) -> tuple[Weight, ...]:
     """A norm of each block."""
-    weight = Weight(f"{BLOCK}{hf}.weight", f"blk.{{i}}.{gguf}.weight", (size,), ops)
-    return (weight, Weight(f"{BLOCK}{hf}.bias", f"blk.{{i}}.{gguf}.bias", (size,))) if bias else (weight,)
+    weight = Weight(f"{block}{hf}.weight", f"blk.{{i}}.{gguf}.weight", (size,), ops)
+    return (weight, Weight(f"{block}{hf}.bias", f"blk.{{i}}.{gguf}.bias", (size,))) if bias else (weight,)
 
 
 def attention(

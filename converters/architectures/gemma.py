@@ -68,14 +68,12 @@ def _check_scale(config: Config, period: int) -> list[str]:
     big = config_int(config, "hidden_size") // config_int(config, "num_attention_heads")
     n_layer = config_int(config, "num_hidden_layers")
     if scalar != (big if n_layer in ((46,) if period == 2 else (62,)) else head_dim):
-        raise UnsupportedArchitecture(
-            f"query_pre_attn_scalar = {scalar} with head_dim {head_dim}: llama.cpp has {head_dim}"
-        )
+        raise UnsupportedArchitecture(f"query_pre_attn_scalar = {scalar} isn't supported: llama.cpp has {head_dim}")
     kinds = config.get("layer_types") or []
     expected = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n_layer)]
     if kinds and list(kinds) != expected:
         raise UnsupportedArchitecture(
-            f"layer_types other than full attention in every {period}th block aren't supported"
+            f"layer_types other than full attention in each {period}th block: llama.cpp lacks that"
         )
     return check(config)
 
@@ -92,6 +90,7 @@ GEMMA = Arch(
 GEMMA2 = Arch(
     "gemma2", {"Gemma2ForCausalLM": "gemma2"}, {"Gemma2ForCausalLM": _GEMMA2}, _METADATA + _CAPS,
     _weights(*_POST_NORMS), standard_sizes, lambda config: _check_scale(config, 2), head="tied only",
+    config_from=lambda metadata, sizes: {"query_pre_attn_scalar": sizes["head_dim"]},
 )  # fmt: skip
 GEMMA3 = Arch(
     "gemma3",

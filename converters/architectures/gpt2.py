@@ -15,15 +15,15 @@ _ALIASES = {
     "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
     "n_positions": "max_position_embeddings", "n_inner": "intermediate_size",
 }  # fmt: skip
+_H = "transformer.h.{i}."
 _T = (transpose(),)
 
 
 def sizes(config: Config) -> dict[str, int]:
     """As usual, with a feed-forward width of four times the embedding where none is given."""
     n_ff = config.get("intermediate_size") or 4 * config_int(config, "hidden_size")
-    return standard_sizes({**config, "intermediate_size": n_ff}) | {
-        "n_ctx": config_int(config, "max_position_embeddings")
-    }
+    n_ctx = config_int(config, "max_position_embeddings")
+    return standard_sizes({**config, "intermediate_size": n_ff}) | {"n_ctx": n_ctx}
 
 
 def check(config: Config) -> list[str]:
@@ -51,27 +51,18 @@ GPT2 = Arch(
         KV(LAYER_EPS, "layer_norm_epsilon", "float32"),
     ),
     weights=(
-        Weight("model.embed_tokens.weight", "token_embd.weight", ("n_vocab", "n_embd")),
-        Weight("model.wpe.weight", "position_embd.weight", ("n_ctx", "n_embd")),
-        Weight("model.norm.weight", "output_norm.weight", ("n_embd",)),
-        Weight("model.norm.bias", "output_norm.bias", ("n_embd",)),
+        Weight("transformer.wte.weight", "token_embd.weight", ("n_vocab", "n_embd")),
+        Weight("transformer.wpe.weight", "position_embd.weight", ("n_ctx", "n_embd")),
+        Weight("transformer.ln_f.weight", "output_norm.weight", ("n_embd",)),
+        Weight("transformer.ln_f.bias", "output_norm.bias", ("n_embd",)),
         Weight("lm_head.weight", "output.weight", ("n_vocab", "n_embd"), tied=True),
-        *norm("ln_1", "attn_norm", bias=True),
-        *linear("attn.c_attn", "attn_qkv", "n_qkv", "n_embd", _T, True),
-        *linear("attn.c_proj", "attn_output", "n_embd", "n_embd", _T, True),
-        *norm("ln_2", "ffn_norm", bias=True),
-        *linear("mlp.c_fc", "ffn_up", "n_ff", "n_embd", _T, True),
-        *linear("mlp.c_proj", "ffn_down", "n_embd", "n_ff", _T, True),
+        *norm("ln_1", "attn_norm", bias=True, block=_H),
+        *linear("attn.c_attn", "attn_qkv", "n_qkv", "n_embd", _T, True, _H),
+        *linear("attn.c_proj", "attn_output", "n_embd", "n_embd", _T, True, _H),
+        *norm("ln_2", "ffn_norm", bias=True, block=_H),
+        *linear("mlp.c_fc", "ffn_up", "n_ff", "n_embd", _T, True, _H),
+        *linear("mlp.c_proj", "ffn_down", "n_embd", "n_ff", _T, True, _H),
     ),
-    renames=(
-        ("transformer.wte.", "model.embed_tokens."),
-        ("wte.", "model.embed_tokens."),
-        ("transformer.wpe.", "model.wpe."),
-        ("wpe.", "model.wpe."),
-        ("transformer.ln_f.", "model.norm."),
-        ("ln_f.", "model.norm."),
-        ("transformer.h.", "model.layers."),
-        ("h.", "model.layers."),
-    ),  # fmt: skip
-    ignored=(r"model\.layers\.\d+\.attn\.(masked_)?bias",),
+    renames=tuple((prefix, f"transformer.{prefix}") for prefix in ("wte.", "wpe.", "h.", "ln_f.")),
+    ignored=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
 )

@@ -12,9 +12,10 @@ from converters.architectures.common import (
     norm,
     partial_rotary_factor,
     standard_sizes,
+    window_context_length,
 )
 from converters.architectures.ops import permute_rope
-from converters.architectures.spec import Arch, Config, config_int, require
+from converters.architectures.spec import Arch, Config, require
 from edgellm.errors import UnsupportedArchitecture
 
 _LLAMA = {
@@ -36,21 +37,13 @@ def check(config: Config) -> list[str]:
     return []
 
 
-def context_length(config: Config) -> tuple[int, list[str]]:
-    """As far as llama.cpp computes the same: its llama graph has no sliding window."""
-    trained, window = config_int(config, "max_position_embeddings"), config.get("sliding_window")
-    if not window or window >= trained:
-        return trained, []
-    return window, [f"context limited to the sliding window of {window} tokens, which llama.cpp doesn't apply here"]
-
-
 LLAMA = Arch(
     name="llama",
     model_types={"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"},
     defaults={"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": MISTRAL_DEFAULTS},
     sizes=standard_sizes,
     check=check,
-    context_length=context_length,
+    context_length=window_context_length,
     metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,
     weights=(
         *embeddings(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from converters.architectures.common import (
@@ -35,6 +36,8 @@ def check(config: Config) -> list[str]:
     require(config, "hidden_act", "silu")
     require(config, "attention_bias", False)
     require(config, "clip_qkv", None)
+    if str(config.get("model_type")) == "olmoe":
+        require(config, "num_key_value_heads", None, config.get("num_attention_heads"))
     require(config, "norm_topk_prob", False, None)
     return []
 
@@ -52,6 +55,17 @@ def sliding(config: Config, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def config_from(metadata: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """A model with windows is OLMo 3."""
+    window = metadata.get("olmo2.attention.sliding_window")
+    if not window:
+        return {}
+    pattern = metadata.get("olmo2.attention.sliding_window_pattern") or []
+    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
+    olmo3 = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": window}
+    return olmo3 | ({"layer_types": kinds} if kinds else {})
+
+
 OLMO2 = Arch(
     name="olmo2",
     model_types={"Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3"},
@@ -59,6 +73,7 @@ OLMO2 = Arch(
     sizes=standard_sizes,
     check=check,
     extra=sliding,
+    config_from=config_from,
     head="copy",
     metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,
     weights=(

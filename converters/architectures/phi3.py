@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from converters.architectures.common import BASE_METADATA, RMS_EPS, embeddings, linear, norm, standard_sizes
+from converters.architectures.common import (
+    BASE_METADATA,
+    RMS_EPS,
+    embeddings,
+    linear,
+    norm,
+    standard_sizes,
+    window_context_length,
+)
 from converters.architectures.rope import rope_parameters
 from converters.architectures.spec import Arch, Array, Config, Sizes, config_int, require
 from edgellm.errors import CheckpointError
@@ -28,9 +37,7 @@ def check(config: Config) -> list[str]:
 def extra(config: Config, sizes: Sizes) -> dict[str, Any]:
     """The window (0 tells llama.cpp that this is Phi-4) and, for long rope, its context and attention factor."""
     params, trained = rope_parameters(config), config_int(config, "max_position_embeddings")
-    original = int(
-        params.get("original_max_position_embeddings") or config_int(config, "original_max_position_embeddings")
-    )
+    original = config_int({**config, **params}, "original_max_position_embeddings")
     entries: dict[str, Any] = {
         "attention.sliding_window": int(config.get("sliding_window") or 0),
         "rope.scaling.original_context_length": original,
@@ -51,11 +58,14 @@ def tensors(config: Config, sizes: Sizes) -> dict[str, Array]:
     for kind in ("long", "short"):
         values = np.asarray(params.get(f"{kind}_factor"), dtype=np.float32)
         if values.shape != (sizes["n_rot"] // 2,):
-            raise CheckpointError(
-                f"config.json has {values.size} rope {kind}_factor values, expected {sizes['n_rot'] // 2}"
-            )
+            raise CheckpointError(f"config.json has {values.size} {kind}_factor values for {sizes['n_rot']} rotated")
         found[f"rope_factors_{kind}.weight"] = values
     return found
+
+
+def config_from(metadata: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The original context length (the factors are tensors of the GGUF)."""
+    return {"original_max_position_embeddings": metadata.get("phi3.rope.scaling.original_context_length", 4096)}
 
 
 PHI3 = Arch(
@@ -64,7 +74,9 @@ PHI3 = Arch(
     defaults={"Phi3ForCausalLM": _DEFAULTS},
     sizes=standard_sizes,
     check=check,
+    context_length=window_context_length,
     extra=extra,
+    config_from=config_from,
     tensors=tensors,
     metadata=BASE_METADATA + RMS_EPS,
     weights=(

@@ -55,6 +55,7 @@ def check(config: Config) -> list[str]:
     """Refuses what llama.cpp's graphs compute otherwise."""
     require(config, "hidden_act", "silu")
     require(config, "use_sliding_window", False, None)
+    require(config, "attention_bias", False, None)
     return []
 
 
@@ -77,6 +78,7 @@ def _arch(name: str, hf: str, model_type: str, defaults: dict[str, object], weig
         check=check_moe if moe else check,
         metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,
         weights=(*embeddings(), *_NORMS, *weights),
+        config_from=lambda metadata, sizes: {"norm_topk_prob": True} if name == "qwen3moe" else {},
     )
 
 
@@ -86,7 +88,7 @@ QWEN3 = _arch(
     "Qwen3ForCausalLM",
     "qwen3",
     _QWEN2 | {"head_dim": 128, "attention_bias": False},
-    (*attention("attention_bias", "attention_bias"), *_QK_NORMS, *gated_mlp()),
+    (*attention(), *_QK_NORMS, *gated_mlp()),
 )
 QWEN2_MOE = _arch("qwen2moe", "Qwen2MoeForCausalLM", "qwen2_moe", _MOE, (*attention(qkv_bias=True), *_ROUTED, *_SHARED))
 QWEN3_MOE = _arch(
@@ -94,5 +96,5 @@ QWEN3_MOE = _arch(
     "Qwen3MoeForCausalLM",
     "qwen3_moe",
     _QWEN3_MOE,
-    (*attention("attention_bias", "attention_bias"), *_QK_NORMS, *_ROUTED),
+    (*attention(), *_QK_NORMS, *_ROUTED),
 )

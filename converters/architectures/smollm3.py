@@ -22,9 +22,7 @@ def check_smollm3(config: Config) -> list[str]:
     kinds = config.get("no_rope_layers")
     n_layer = int(config["num_hidden_layers"])
     if kinds and list(kinds) != [int((i + 1) % 4 != 0) for i in range(n_layer)]:
-        raise UnsupportedArchitecture(
-            "no_rope_layers other than every fourth isn't supported: llama.cpp has that built in"
-        )
+        raise UnsupportedArchitecture("no_rope_layers other than each fourth isn't supported by llama.cpp")
     require(config, "no_rope_layer_interval", 4, None)
     return check(config)
 

@@ -10,8 +10,9 @@ from converters.architectures.common import (
     linear,
     norm,
     standard_sizes,
+    window_context_length,
 )
-from converters.architectures.spec import KV, Arch, Config, Weight, config_int, require
+from converters.architectures.spec import KV, Arch, Config, Weight, require
 
 _DEFAULTS = {
     "vocab_size": 49152, "hidden_size": 3072, "intermediate_size": 12288, "num_hidden_layers": 30,
@@ -27,21 +28,13 @@ def check(config: Config) -> list[str]:
     return []
 
 
-def context_length(config: Config) -> tuple[int, list[str]]:
-    """Up to the sliding window, which llama.cpp's graph lacks."""
-    trained, window = config_int(config, "max_position_embeddings"), config.get("sliding_window")
-    if not window or window >= trained:
-        return trained, []
-    return window, [f"context limited to the sliding window of {window} tokens, which llama.cpp doesn't apply here"]
-
-
 STARCODER2 = Arch(
     name="starcoder2",
     model_types={"Starcoder2ForCausalLM": "starcoder2"},
     defaults={"Starcoder2ForCausalLM": _DEFAULTS},
     sizes=standard_sizes,
     check=check,
-    context_length=context_length,
+    context_length=window_context_length,
     metadata=(*BASE_METADATA, KV(LAYER_EPS, "norm_epsilon", "float32")),
     weights=(
         *embeddings(),
