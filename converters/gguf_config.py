@@ -21,7 +21,8 @@ def gguf_config(arch: Arch, source: Source, dtype: str = "f32") -> dict[str, Any
     for kv in arch.metadata:
         key = kv.key.format(arch=arch.name)
         if key in metadata:
-            config[kv.field] = shortest(metadata[key])
+            value = metadata[key]  # a list has a value for each block: the family's config_from reads it
+            config[kv.field] = max(value) if isinstance(value, list) else shortest(value)
         elif not kv.optional and kv.field != "vocab_size":
             raise CheckpointError(f"{source.path} lacks {key}; it can't be written as a checkpoint")
     embedding = source.tensors.get("token_embd.weight")
@@ -32,25 +33,31 @@ def gguf_config(arch: Arch, source: Source, dtype: str = "f32") -> dict[str, Any
     config["tie_word_embeddings"] = _is_tied(arch, source)
     config |= _expert_fields(arch, source)
     sizes = arch.sizes(arch.complete_config(config))
+    config |= arch.config_from(metadata, sizes)
+    n_rot = metadata.get(f"{arch.name}.rope.dimension_count", sizes["n_rot"])
+    if arch.rope and (n_rot != sizes["head_dim"] or n_rot != sizes["n_rot"]):
+        config["partial_rotary_factor"] = n_rot / sizes["head_dim"]
+    sizes = arch.sizes(arch.complete_config(config))
     for weight in arch.weights:
         if weight.flag:
             there = any(gguf_name(weight, i) in source.tensors for i in blocks(weight, config, sizes))
-            config[weight.flag] = config.get(weight.flag, False) or there
+            config[weight.flag] = config.get(weight.flag) or there or config.get(weight.flag, False)
     if arch.rope:
         factors = source.tensors.get("rope_freqs.weight")
-        rope = rope_config(metadata, arch.name, sizes["n_rot"], None if factors is None else factors.read())
+        divisors = None if factors is None else factors.read()
+        rope = rope_config(metadata, arch.name, arch.rope, sizes["n_rot"], divisors)
         for kind in ("long", "short"):
             if f"rope_factors_{kind}.weight" in source.tensors:
                 values = source.tensors[f"rope_factors_{kind}.weight"].read()
                 rope |= {"rope_type": "longrope", f"{kind}_factor": [shortest(float(value)) for value in values]}
         config["rope_theta"] = rope.pop("rope_theta")
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        scaled_by_default = config.pop("rope_parameters", None)
+        config["rope_scaling"] = rope if rope["rope_type"] != "default" or scaled_by_default else None
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if f"tokenizer.ggml.{key}_token_id" in metadata:
             config[f"{name}_token_id"] = int(metadata[f"tokenizer.ggml.{key}_token_id"])
-    config |= arch.config_from(metadata, sizes)
-    usual = {field: own for own, field in arch.aliases.items()}
-    return {usual.get(key, key): value for key, value in config.items()} | {"torch_dtype": _TORCH_DTYPES[dtype]}
+    own_names = {own: config[usual] for own, usual in arch.aliases.items() if usual in config}
+    return config | own_names | {"torch_dtype": _TORCH_DTYPES[dtype]}
 
 
 def _is_tied(arch: Arch, source: Source) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from converters.architectures import find_architecture
-from converters.architectures.rope import rope_factors, rope_metadata
+from converters.architectures.rope import rope_metadata, rope_tensors
 from converters.architectures.spec import (
     KV,
     Arch,
@@ -24,13 +24,16 @@ from converters.architectures.spec import (
     config_float,
     config_int,
     gguf_name,
+    has_head,
     hf_names,
     stored_shape,
     weight_shape,
 )
 from converters.quantize.recipes import Choice, ModelShape, choose_types
-from converters.quantize.types import FileType, tensor_bytes
+from converters.quantize.types import FileType, block_size, tensor_bytes
 from converters.sources import Source, SourceTensor
+from converters.sources.prequantized.mxfp4 import DTYPE as MXFP4
+from converters.sources.sentence_transformers import POOLING_NAMES
 from edgellm.errors import CheckpointError, UnsupportedArchitecture
 
 # what a process with numpy, ggml and the tokenizer libraries takes before it holds any weight (measured)
@@ -111,13 +114,35 @@ def make_plan(source: Source, file_type: FileType, overrides: Sequence[tuple[re.
     shapes = {name: tensor.shape for name, tensor in computed.items()}
     shapes |= {name: weight_shape(weight, sizes) for name, (_, weight) in found.items()}
     n_expert = sizes.get("n_expert", 0)
-    model = ModelShape(arch.name, sizes["n_layer"], sizes["n_head"], sizes["n_head_kv"], n_expert)
+    heads_kv = metadata.get(f"{arch.name}.attention.head_count_kv")
+    n_head_kv = heads_kv[0] if isinstance(heads_kv, list) else sizes["n_head_kv"]  # as llama.cpp's recipes look at it
+    model = ModelShape(arch.name, sizes["n_layer"], sizes["n_head"], n_head_kv, n_expert)
     types = choose_types(shapes, file_type, model, overrides)
+    types |= _lossless_types(found, shapes, types, overrides)
     tensors = [_planned(name, tensor.shape, types[name], computed=tensor) for name, tensor in computed.items()]
     tensors += [
         _planned(name, shapes[name], types[name], weight.ops, tuple(stored)) for name, (stored, weight) in found.items()
     ]
-    return Plan(arch.name, file_type, metadata, tuple(tensors), sizes, (*notes, *more_notes), source.n_bytes)
+    notes = [*source.notes, *notes, *more_notes]
+    return Plan(arch.name, file_type, metadata, tuple(tensors), sizes, tuple(notes), source.n_bytes)
+
+
+def _lossless_types(
+    found: Mapping[str, tuple[list[SourceTensor], Weight]],
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, Choice],
+    overrides: Sequence[tuple[re.Pattern[str], str]],
+) -> dict[str, Choice]:
+    """MXFP4 for the tensors that are stored so, where the recipe's type would round them and take no fewer bytes."""
+    return {
+        name: Choice(MXFP4, MXFP4)
+        for name, (stored, _) in found.items()
+        if all(tensor.dtype == MXFP4 for tensor in stored)
+        and types[name].type_name not in ("F32", "F16", "BF16")
+        and shapes[name][-1] % block_size(MXFP4) == 0
+        and tensor_bytes(shapes[name], types[name].type_name) >= tensor_bytes(shapes[name], MXFP4)
+        and not any(pattern.search(name) for pattern, _ in overrides)
+    }
 
 
 def _planned(
@@ -138,10 +163,13 @@ def _metadata(arch: Arch, config: Config, sizes: Sizes) -> tuple[dict[str, Any],
     }
     metadata[f"{arch.name}.context_length"], notes = arch.context_length(config)
     if arch.rope:
-        rope, rope_notes = rope_metadata(config)
+        rope, rope_notes = rope_metadata(config, arch.rope)
         metadata |= {f"{arch.name}.rope.{key}": value for key, value in rope.items()}
         metadata[f"{arch.name}.rope.dimension_count"] = sizes["n_rot"]
         notes = [*notes, *rope_notes]
+    if config.get("sentence_pooling"):
+        numbers = {name: number for number, name in POOLING_NAMES.items()}
+        metadata[f"{arch.name}.pooling_type"] = numbers[config["sentence_pooling"]]
     if "n_expert" in sizes:
         metadata |= _expert_metadata(arch, config, sizes)
     return metadata | {f"{arch.name}.{key}": value for key, value in arch.extra(config, sizes).items()}, notes
@@ -168,8 +196,7 @@ def _value(kv: KV, config: Config) -> int | float | bool | None:
 
 
 def _computed_tensors(arch: Arch, config: Config, sizes: Sizes) -> dict[str, Array]:
-    factors = rope_factors(config, sizes["n_rot"]) if arch.rope else None
-    frequencies = {} if factors is None else {"rope_freqs.weight": factors}
+    frequencies = rope_tensors(config, sizes["n_rot"]) if arch.rope else {}
     return frequencies | arch.tensors(config, sizes)
 
 
@@ -209,7 +236,7 @@ def _usual_name(arch: Arch, name: str) -> str:
 
 def _is_needed(arch: Arch, weight: Weight, config: Config) -> bool:
     if weight.tied:
-        return not config.get("tie_word_embeddings")
+        return not config.get("tie_word_embeddings") and has_head(config)
     return not weight.optional and (not weight.flag or bool(config.get(weight.flag)))
 
 

@@ -32,9 +32,12 @@ from converters.gguf_config import gguf_config
 from converters.safetensors_writer import DTYPES, OutTensor, write_shards
 from converters.sources import Source, SourceTensor
 from converters.sources.gguf_file import open_gguf
+from converters.sources.sentence_transformers import POOLING_NAMES, write_modules
 from converters.tokenizers.tokenizer_json import build_tokenizer_json, dump_json
 from converters.tokenizers.vocabulary import Vocabulary, vocabulary_from_metadata
 from edgellm.errors import CheckpointError, OutputError
+
+_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def to_checkpoint(
@@ -55,8 +58,9 @@ def to_checkpoint(
     source, folder = open_gguf(Path(gguf)), Path(folder)
     arch = find_gguf_architecture(source.metadata)
     config = gguf_config(arch, source, dtype)
-    sizes = arch.sizes(arch.complete_config(config))
-    tensors = _out_tensors(arch, config, sizes, source)
+    usual = arch.complete_config(config)
+    sizes = arch.sizes(usual)
+    tensors = _out_tensors(arch, usual, sizes, source)
     vocabulary = vocabulary_from_metadata(source.metadata)
     tokenizer = build_tokenizer_json(vocabulary)
     n_bytes = sum(prod(tensor.shape) for tensor in tensors) * DTYPES[dtype][2]
@@ -76,6 +80,9 @@ def to_checkpoint(
         write_shards(partial_folder, tensors, dtype, on_tensor)
         n_ctx = int(source.metadata.get(f"{arch.name}.context_length", 2048))
         _write_small_files(partial_folder, config, vocabulary, tokenizer, n_ctx)
+        pooling = POOLING_NAMES.get(source.metadata.get(f"{arch.name}.pooling_type", 0))
+        if pooling:
+            write_modules(partial_folder, pooling)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial_folder, folder)
@@ -102,7 +109,7 @@ def _check_folder(folder: Path, n_bytes: int, force: bool) -> None:
 def _out_tensors(arch: Arch, config: Config, sizes: Sizes, source: Source) -> list[OutTensor]:
     """Every tensor of the checkpoint; CheckpointError where the GGUF has too few or too many."""
     made_of: dict[str, list[tuple[SourceTensor, Weight]]] = {}
-    used = {"rope_freqs.weight", *arch.tensors(arch.complete_config(config), sizes)}  # made from the config
+    used = set(arch.tensors(config, sizes)) | _ROPE_TENSORS  # made from the config
     for weight in arch.weights:
         for i in blocks(weight, config, sizes):
             name, names = gguf_name(weight, i), hf_names(weight, i, sizes)

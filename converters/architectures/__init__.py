@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converters.architectures.gemma import GEMMA, GEMMA2, GEMMA3
+from converters.architectures.bert import BERT, NOMIC_BERT
+from converters.architectures.exaone4 import EXAONE4
+from converters.architectures.falcon_h1 import FALCON_H1
+from converters.architectures.gemma import EMBEDDING_GEMMA, GEMMA, GEMMA2, GEMMA3
+from converters.architectures.gemma4 import GEMMA4
+from converters.architectures.glm4 import GLM4
 from converters.architectures.gpt2 import GPT2
+from converters.architectures.gpt_oss import GPT_OSS
 from converters.architectures.granite import GRANITE, GRANITE_MOE
+from converters.architectures.lfm2 import LFM2, LFM2_MOE
 from converters.architectures.llama import LLAMA
+from converters.architectures.minicpm import MINICPM
+from converters.architectures.ministral3 import MINISTRAL3
 from converters.architectures.mixtral import MIXTRAL
 from converters.architectures.olmo import OLMO2, OLMOE
 from converters.architectures.phi3 import PHI3
 from converters.architectures.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from converters.architectures.qwen35 import QWEN35
 from converters.architectures.smollm3 import SMOLLM3
 from converters.architectures.spec import Arch, Config, hf_class
 from converters.architectures.stablelm import STABLELM
@@ -21,7 +31,9 @@ from edgellm.errors import UnsupportedArchitecture
 
 ARCHITECTURES: tuple[Arch, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, PHI3, GPT2, STARCODER2,
-    STABLELM, OLMO2, OLMOE, GRANITE, GRANITE_MOE,
+    STABLELM, OLMO2, OLMOE, GRANITE, GRANITE_MOE, GLM4, EXAONE4,
+    LFM2, LFM2_MOE, MINISTRAL3, GPT_OSS, FALCON_H1, QWEN35, MINICPM,
+    EMBEDDING_GEMMA, GEMMA4, BERT, NOMIC_BERT,
 )  # fmt: skip
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
-from converters.architectures.spec import KV, Config, Op, Weight, config_float, config_int
+from converters.architectures.spec import KV, Config, Op, Sizes, Weight, config_float, config_int
 from edgellm.errors import CheckpointError
 
 BLOCK = "model.layers.{i}."
 
 # field → other names config classes have for it
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# an embedding model is stored without its class for text around it
+BARE_NAMES = tuple((prefix, f"model.{prefix}") for prefix in ("layers.", "embed_tokens.", "norm."))
 
 BASE_METADATA = (
     KV("{arch}.block_count", "num_hidden_layers"),
@@ -24,6 +28,8 @@ HEAD_DIM = (
     KV("{arch}.attention.key_length", "head_dim", optional=True),
     KV("{arch}.attention.value_length", "head_dim", optional=True),
 )
+# scalings of graphs that also take divisors of the frequencies
+FACTOR_ROPES = ("default", "linear", "yarn", "dynamic", "llama3", "longrope")
 RMS_EPS = (KV("{arch}.attention.layer_norm_rms_epsilon", "rms_norm_eps", "float32"),)
 LAYER_EPS = "{arch}.attention.layer_norm_epsilon"
 
@@ -80,6 +86,38 @@ def window_context_length(config: Config) -> tuple[int, list[str]]:
     if not window or window >= trained:
         return trained, []
     return window, [f"context limited to the sliding window of {window} tokens, which llama.cpp doesn't apply here"]
+
+
+def sliding_layers(config: Config, sizes: Sizes, period: int) -> dict[str, Any]:
+    """The window, and which blocks have it: all but each `period`-th, unless layer_types says otherwise."""
+    if not config.get("sliding_window"):
+        return {}
+    kinds = config.get("layer_types") or [
+        "full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(sizes["n_layer"])
+    ]
+    return {
+        "attention.sliding_window": config_int(config, "sliding_window"),
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+    }
+
+
+def sliding_config(metadata: Mapping[str, Any], arch: str) -> dict[str, Any]:
+    """`sliding_layers` backwards: the fields of config.json, none for a model without a window."""
+    window = metadata.get(f"{arch}.attention.sliding_window")
+    pattern = metadata.get(f"{arch}.attention.sliding_window_pattern")
+    if not window:
+        return {}
+    if not isinstance(pattern, list):
+        return {"sliding_window": window}
+    return {
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
+    }
+
+
+def only(layers: Callable[[Config, int], bool], *weights: Weight) -> tuple[Weight, ...]:
+    """The same weights, in some blocks only."""
+    return tuple(replace(weight, layers=layers) for weight in weights)
 
 
 def embeddings(head: bool = True) -> tuple[Weight, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from converters.architectures.common import (
+    BARE_NAMES,
     BASE_METADATA,
     HEAD_DIM,
     RMS_EPS,
@@ -16,9 +19,10 @@ from converters.architectures.common import (
 )
 from converters.architectures.ops import add
 from converters.architectures.rope import layer_rope
-from converters.architectures.spec import KV, Arch, Config, Sizes, Weight, config_float, config_int, require
+from converters.architectures.spec import KV, Arch, Config, Sizes, Weight, config_float, config_int, hf_class, require
 from edgellm.errors import UnsupportedArchitecture
 
+_EMBEDDER = "Gemma3TextModel"
 _ONE = (add(1.0),)  # Gemma's norms are stored as their distance from one
 _GEMMA = {
     "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
@@ -50,7 +54,7 @@ _POST_NORMS = (
 def check(config: Config) -> list[str]:
     """Refuses what llama.cpp's graphs compute otherwise."""
     require(config, "attention_bias", False)
-    require(config, "use_bidirectional_attention", None, False)
+    require(config, "use_bidirectional_attention", *((True,) if hf_class(config) == _EMBEDDER else (None, False)))
     for name in ("hidden_act", "hidden_activation"):
         require(config, name, None, "gelu", "gelu_pytorch_tanh")
     return []
@@ -83,6 +87,25 @@ def _local_rope(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {"rope.freq_base_swa": float(local)}
 
 
+def _dense(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """The dense layers that sentence-transformers puts after the pooling."""
+    if not sizes["n_dense"]:
+        return {}
+    wide, narrow = sizes["n_dense"], sizes["n_embd"]
+    ends = {"dense_2_feat_in": narrow, "dense_2_feat_out": wide, "dense_3_feat_in": wide, "dense_3_feat_out": narrow}
+    return {key: int(value) for key, value in ends.items()}
+
+
+def _embedder_config(metadata: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    if metadata.get("gemma-embedding.dense_2_feat_out"):
+        raise UnsupportedArchitecture("an embedding model with dense layers can't be written as a checkpoint yet")
+    return {
+        "rope_local_base_freq": metadata.get("gemma-embedding.rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": sizes["head_dim"],
+        "use_bidirectional_attention": True,
+    }
+
+
 GEMMA = Arch(
     "gemma", {"GemmaForCausalLM": "gemma"}, {"GemmaForCausalLM": _GEMMA}, _METADATA,
     _weights(*norm("post_attention_layernorm", "ffn_norm", ops=_ONE)), standard_sizes, check, head="tied only",
@@ -111,4 +134,19 @@ GEMMA3 = Arch(
     },
     renames=(("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", "")),
     ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+)
+EMBEDDING_GEMMA = replace(
+    GEMMA3,
+    name="gemma-embedding",
+    model_types={_EMBEDDER: "gemma3_text"},
+    defaults={_EMBEDDER: _GEMMA3},
+    sizes=lambda config: standard_sizes(config) | {"n_dense": int(config.get("dense_features") or 0)},
+    extra=lambda config, sizes: _local_rope(config, sizes) | _dense(config, sizes),
+    config_from=_embedder_config,
+    weights=(
+        *(weight for weight in GEMMA3.weights if not weight.tied),
+        Weight("2_Dense.linear.weight", "dense_2.weight", ("n_dense", "n_embd"), optional=True),
+        Weight("3_Dense.linear.weight", "dense_3.weight", ("n_embd", "n_dense"), optional=True),
+    ),
+    renames=BARE_NAMES,
 )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from converters.architectures.common import (
     BASE_METADATA,
     BLOCK,
+    FACTOR_ROPES,
     RMS_EPS,
     attention,
     embeddings,
@@ -51,6 +52,7 @@ GRANITE = Arch(
     defaults={"GraniteForCausalLM": _DEFAULTS},
     sizes=lambda config: standard_sizes({**config, "head_dim": None}),
     check=check,
+    rope=FACTOR_ROPES,
     metadata=BASE_METADATA + RMS_EPS + _SCALES,
     weights=(*_ATTENTION, *gated_mlp("mlp_bias")),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from converters.architectures.common import (
     BASE_METADATA,
+    FACTOR_ROPES,
     HEAD_DIM,
     RMS_EPS,
     attention,
@@ -44,6 +45,7 @@ LLAMA = Arch(
     sizes=standard_sizes,
     check=check,
     context_length=window_context_length,
+    rope=FACTOR_ROPES,
     metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,
     weights=(
         *embeddings(),

@@ -15,6 +15,8 @@ from converters.architectures.common import (
     gated_mlp,
     linear,
     norm,
+    sliding_config,
+    sliding_layers,
     standard_sizes,
 )
 from converters.architectures.spec import Arch, Config, Sizes, require
@@ -42,28 +44,10 @@ def check(config: Config) -> list[str]:
     return []
 
 
-def sliding(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """OLMo 3's windows: three blocks with one, then one without, unless layer_types says otherwise."""
-    if not config.get("sliding_window"):
-        return {}
-    kinds = config.get("layer_types") or [
-        "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(sizes["n_layer"])
-    ]
-    return {
-        "attention.sliding_window": int(config["sliding_window"]),
-        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
-    }
-
-
 def config_from(metadata: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """A model with windows is OLMo 3."""
-    window = metadata.get("olmo2.attention.sliding_window")
-    if not window:
-        return {}
-    pattern = metadata.get("olmo2.attention.sliding_window_pattern") or []
-    kinds = ["sliding_attention" if sliding else "full_attention" for sliding in pattern]
-    olmo3 = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": window}
-    return olmo3 | ({"layer_types": kinds} if kinds else {})
+    windows = sliding_config(metadata, "olmo2")
+    return windows and {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", **windows}
 
 
 OLMO2 = Arch(
@@ -72,7 +56,7 @@ OLMO2 = Arch(
     defaults={"Olmo2ForCausalLM": _OLMO2, "Olmo3ForCausalLM": _OLMO2 | {"sliding_window": 4096}},
     sizes=standard_sizes,
     check=check,
-    extra=sliding,
+    extra=lambda config, sizes: sliding_layers(config, sizes, 4),
     config_from=config_from,
     head="copy",
     metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,

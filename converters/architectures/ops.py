@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from converters.architectures.spec import Array, Op, Shape, Sizes
@@ -32,6 +34,76 @@ def add(constant: float) -> Op:
         lambda weights, sizes: weights + np.float32(constant),
         lambda weights, sizes: weights - np.float32(constant),
         affine=True,
+    )
+
+
+def scale(*factors: str) -> Op:
+    """Multiply by sizes: numbers, or a column with one number for each row. A GGUF doesn't tell what they were."""
+
+    def product(sizes: Sizes) -> Array:
+        return np.asarray(math.prod(sizes[factor] for factor in factors), dtype=np.float32)
+
+    return Op(
+        f"scale({', '.join(factors)})",
+        lambda weights, sizes: weights * product(sizes),
+        lambda weights, sizes: weights / product(sizes),
+    )
+
+
+def minus_exp() -> Op:
+    """The decay of a state-space model, stored as the logarithm of its negative. Not linear."""
+    return Op(
+        "minus_exp",
+        lambda weights, sizes: -np.exp(weights),
+        lambda weights, sizes: np.log(-weights),
+        affine=True,
+    )
+
+
+def tile_heads(head: str = "", skip: str = "", columns: bool = False) -> Op:
+    """Reorder value heads from groups (all of key head 0, all of 1, …) to turns (the first of each group, …).
+
+    llama.cpp repeats key heads by tiling them. head: names the size of a head, 1 without; skip: the size of what
+    comes before the value heads; columns: it is the inputs that are heads. Uses the sizes n_group, the number of
+    key heads, and n_per_group.
+    """
+
+    def reorder(weights: Array, sizes: Sizes, first: str, second: str) -> Array:
+        rows = weights.T if columns else weights
+        start = sizes[skip] if skip else 0
+        heads = rows[start:].reshape(sizes[first], sizes[second], sizes[head] if head else 1, *rows.shape[1:])
+        tiled = np.concatenate((rows[:start], heads.swapaxes(0, 1).reshape(-1, *rows.shape[1:])))
+        return tiled.T if columns else tiled
+
+    return Op(
+        f"tile_heads({head}, {skip})",
+        lambda weights, sizes: reorder(weights, sizes, "n_group", "n_per_group"),
+        lambda weights, sizes: reorder(weights, sizes, "n_per_group", "n_group"),
+        axis="columns" if columns else "rows",
+    )
+
+
+def skip_rows(count: str) -> Op:
+    """Leave out the first rows, which nothing uses; they come back as zeros."""
+
+    def inverse(weights: Array, sizes: Sizes) -> Array:
+        return np.concatenate((np.zeros((sizes[count], *weights.shape[1:]), dtype=np.float32), weights))
+
+    return Op(
+        f"skip_rows({count})",
+        lambda weights, sizes: weights[sizes[count] :],
+        inverse,
+        stored_shape=lambda shape, sizes: (shape[0] + sizes[count], *shape[1:]),
+    )
+
+
+def flat() -> Op:
+    """Stored as a vector: the GGUF has the same numbers with another shape."""
+    return Op(
+        "flat",
+        lambda weights, sizes: weights,
+        lambda weights, sizes: weights,
+        stored_shape=lambda shape, sizes: (math.prod(shape),),
     )
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from converters.architectures.common import (
     BASE_METADATA,
@@ -17,9 +14,7 @@ from converters.architectures.common import (
     standard_sizes,
     window_context_length,
 )
-from converters.architectures.rope import rope_parameters
-from converters.architectures.spec import Arch, Array, Config, Sizes, config_int, require
-from edgellm.errors import CheckpointError
+from converters.architectures.spec import Arch, Config, Sizes, config_int, require
 
 _DEFAULTS = {
     "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
@@ -35,32 +30,11 @@ def check(config: Config) -> list[str]:
 
 
 def extra(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """The window (0 tells llama.cpp that this is Phi-4) and, for long rope, its context and attention factor."""
-    params, trained = rope_parameters(config), config_int(config, "max_position_embeddings")
-    original = config_int({**config, **params}, "original_max_position_embeddings")
-    entries: dict[str, Any] = {
+    """The window (0 tells llama.cpp that this is Phi-4) and the context that long rope's factors part at."""
+    return {
         "attention.sliding_window": int(config.get("sliding_window") or 0),
-        "rope.scaling.original_context_length": original,
+        "rope.scaling.original_context_length": config_int(config, "original_max_position_embeddings"),
     }
-    if params["rope_type"] in ("longrope", "su"):
-        scale = trained / original
-        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        entries["rope.scaling.attn_factor"] = float(params.get("attention_factor") or factor)
-    return entries
-
-
-def tensors(config: Config, sizes: Sizes) -> dict[str, Array]:
-    """The frequency divisors for contexts beyond the original length and within it, float32 (n_rot/2,) each."""
-    params = rope_parameters(config)
-    if params["rope_type"] not in ("longrope", "su"):
-        return {}
-    found = {}
-    for kind in ("long", "short"):
-        values = np.asarray(params.get(f"{kind}_factor"), dtype=np.float32)
-        if values.shape != (sizes["n_rot"] // 2,):
-            raise CheckpointError(f"config.json has {values.size} {kind}_factor values for {sizes['n_rot']} rotated")
-        found[f"rope_factors_{kind}.weight"] = values
-    return found
 
 
 def config_from(metadata: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
@@ -77,7 +51,7 @@ PHI3 = Arch(
     context_length=window_context_length,
     extra=extra,
     config_from=config_from,
-    tensors=tensors,
+    rope=("default", "longrope"),
     metadata=BASE_METADATA + RMS_EPS,
     weights=(
         *embeddings(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from converters.architectures.common import (
+    BARE_NAMES,
     BASE_METADATA,
     BLOCK,
     HEAD_DIM,
@@ -68,32 +69,38 @@ def check_moe(config: Config) -> list[str]:
     return check(config)
 
 
-def _arch(name: str, hf: str, model_type: str, defaults: dict[str, object], weights: tuple[Weight, ...]) -> Arch:
+def _arch(
+    name: str, hf: tuple[str, ...], model_type: str, defaults: dict[str, object], weights: tuple[Weight, ...]
+) -> Arch:
     moe = "n_expert" in str(weights)
     return Arch(
         name=name,
-        model_types={hf: model_type},
-        defaults={hf: defaults},
+        model_types=dict.fromkeys(hf, model_type),
+        defaults=dict.fromkeys(hf, defaults),
         sizes=standard_sizes,
         check=check_moe if moe else check,
         metadata=BASE_METADATA + HEAD_DIM + RMS_EPS,
         weights=(*embeddings(), *_NORMS, *weights),
+        renames=BARE_NAMES,
+        head="copy" if name == "qwen2moe" else "omit",
         config_from=lambda metadata, sizes: {"norm_topk_prob": True} if name == "qwen3moe" else {},
     )
 
 
-QWEN2 = _arch("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN2, (*attention(qkv_bias=True), *gated_mlp()))
+QWEN2 = _arch("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "qwen2", _QWEN2, (*attention(qkv_bias=True), *gated_mlp()))
 QWEN3 = _arch(
     "qwen3",
-    "Qwen3ForCausalLM",
+    ("Qwen3ForCausalLM", "Qwen3Model"),
     "qwen3",
     _QWEN2 | {"head_dim": 128, "attention_bias": False},
     (*attention(), *_QK_NORMS, *gated_mlp()),
 )
-QWEN2_MOE = _arch("qwen2moe", "Qwen2MoeForCausalLM", "qwen2_moe", _MOE, (*attention(qkv_bias=True), *_ROUTED, *_SHARED))
+QWEN2_MOE = _arch(
+    "qwen2moe", ("Qwen2MoeForCausalLM",), "qwen2_moe", _MOE, (*attention(qkv_bias=True), *_ROUTED, *_SHARED)
+)
 QWEN3_MOE = _arch(
     "qwen3moe",
-    "Qwen3MoeForCausalLM",
+    ("Qwen3MoeForCausalLM",),
     "qwen3_moe",
     _QWEN3_MOE,
     (*attention(), *_QK_NORMS, *_ROUTED),

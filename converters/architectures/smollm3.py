@@ -33,4 +33,5 @@ SMOLLM3 = replace(
     model_types={"SmolLM3ForCausalLM": "smollm3"},
     defaults={"SmolLM3ForCausalLM": _DEFAULTS},
     check=check_smollm3,
+    rope=("default", "linear", "yarn", "dynamic"),
 )

@@ -16,7 +16,7 @@ from edgellm.errors import CheckpointError, UnsupportedArchitecture
 
 Array = NDArray[np.float32]
 Config = Mapping[str, Any]
-Sizes = Mapping[str, int]
+Sizes = Mapping[str, Any]  # whole numbers that shapes are made of, and the factors of `ops.scale`
 Shape = tuple[int, ...]
 
 
@@ -80,7 +80,8 @@ class Arch:
 
     check raises UnsupportedArchitecture on what llama.cpp computes otherwise and returns notes. extra gives
     metadata that isn't one field's value; tensors gives tensors computed from the config; config_from is extra's
-    inverse. head: whether a tied model's head is left out, must be written again ("copy"), or can only be tied.
+    inverse. rope: the scalings that llama.cpp's graph computes, none for a model without rope. head: whether a tied
+    model's head is left out, must be written again ("copy"), or can only be tied.
     renames: (prefix, replacement) for other ways the same tensors are called. ignored: regular expressions of
     tensors that carry nothing.
     """
@@ -96,7 +97,7 @@ class Arch:
         config_int(config, "max_position_embeddings"),
         [],
     )
-    rope: bool = True
+    rope: tuple[str, ...] = ("default", "linear", "yarn", "dynamic")
     extra: Callable[[Config, Sizes], dict[str, Any]] = lambda config, sizes: {}
     tensors: Callable[[Config, Sizes], dict[str, Array]] = lambda config, sizes: {}
     config_from: Callable[[Mapping[str, Any], Sizes], dict[str, Any]] = lambda metadata, sizes: {}
@@ -126,6 +127,12 @@ def hf_class(config: Config) -> str:
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise CheckpointError("config.json names no architecture (its architectures list is missing or empty)")
     return classes[0]
+
+
+def has_head(config: Config) -> bool:
+    """Whether the class has an output head at all: a bare "…Model", as embedding models are, has none."""
+    name = hf_class(config)
+    return not name.endswith("Model") or name.endswith("LMHeadModel")
 
 
 def weight_shape(weight: Weight, sizes: Sizes) -> Shape:

@@ -64,10 +64,23 @@ def _tokenize(api: Any, vocab: Any, text: str) -> list[int]:
     return list(buffer[:n])
 
 
-def _logits_finite(api: Any, model: Any, vocab: Any) -> bool:
-    """Decode a few tokens and look at the last one's logits."""
+def _is_embedder(api: Any, model: Any) -> bool:
+    """Whether the model is made for embeddings: some of these have no logits."""
+
+    def value(key: bytes) -> bytes:
+        buffer = ctypes.create_string_buffer(128)
+        return buffer.value if api.llama_model_meta_val_str(model, key, buffer, len(buffer)) >= 0 else b""
+
+    arch = value(b"general.architecture")
+    return any(value(arch + key) for key in (b".pooling_type", b".attention.causal"))
+
+
+def _output_finite(api: Any, model: Any, vocab: Any) -> bool:
+    """Decode a few tokens and look at the last one's logits, or at its embedding."""
     params = api.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 64, _N_PROBED, _N_PROBED
+    params.embeddings = embedder = _is_embedder(api, model)
+    params.pooling_type = 0 if embedder else params.pooling_type  # one embedding for each token
     context = api.llama_init_from_model(model, params)
     if not context:
         raise SystemExit("error: no context can be made")
@@ -75,9 +88,12 @@ def _logits_finite(api: Any, model: Any, vocab: Any) -> bool:
     tokens = (api.llama_token * _N_PROBED)(*[(7919 * i) % n_vocab for i in range(1, _N_PROBED + 1)])
     if api.llama_decode(context, api.llama_batch_get_one(tokens, _N_PROBED)) != 0:
         raise SystemExit("error: decoding failed")
-    logits = api.llama_get_logits_ith(context, -1)
+    if embedder:
+        output = api.llama_get_embeddings_ith(context, -1)[: api.llama_model_n_embd(model)]
+    else:
+        output = api.llama_get_logits_ith(context, -1)[:n_vocab]
     # x - x is 0 for finite numbers only
-    finite = all(x - x == 0.0 for x in logits[:n_vocab]) and any(x != logits[0] for x in logits[:n_vocab])
+    finite = all(x - x == 0.0 for x in output) and any(x != output[0] for x in output)
     api.llama_free(context)
     return finite
 
@@ -102,7 +118,7 @@ def _main() -> None:
         raise SystemExit("error: " + (b" ".join(errors[:2]).decode("utf-8", "replace").strip() or "no model"))
     vocab = api.llama_model_get_vocab(model)
     ids = [_tokenize(api, vocab, text) for text in request["texts"]]
-    finite = _logits_finite(api, model, vocab)
+    finite = _output_finite(api, model, vocab)
     api.llama_model_free(model)
     print(json.dumps({"ids": ids, "logits_finite": finite}))
 
