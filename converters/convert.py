@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.architectures.spec import Array
+from converters.architectures.spec import Array, Sizes
 from converters.plan import Plan, PlannedTensor, make_plan
 from converters.quantize.types import TYPE_IDS, WEIGHT_TYPES, find_file_type
 from converters.receipt import Receipt, peak_memory, types_used
@@ -131,21 +131,22 @@ def _write_tensors(writer: Writer, planned: Plan, n_threads: int, on_progress: O
         on_progress("", done, planned.n_bytes)
 
 
-def output_bytes(tensor: PlannedTensor, sizes: Mapping[str, int], n_threads: int = 0) -> NDArray[np.uint8]:
-    """A tensor's bytes as they go into the file: read, mapped, checked, quantized."""
-    weights = tensor.computed if tensor.source is None else tensor.source.read()
-    assert weights is not None
-    _check_finite(tensor, weights)
-    for op in tensor.ops:
-        weights = op.forward(weights, sizes)
-    return quantize_rows(weights, TYPE_IDS[tensor.type_name], n_threads=n_threads)
+def output_bytes(tensor: PlannedTensor, sizes: Sizes, n_threads: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """A tensor's bytes as they go into the file, in one piece or expert by expert: read, mapped, quantized."""
+    if tensor.computed is not None:
+        yield quantize_rows(tensor.computed, TYPE_IDS[tensor.type_name], n_threads=n_threads)
+    for source in tensor.sources:
+        weights = source.read()
+        _check_finite(source.name, tensor.type_name, weights)
+        for op in tensor.ops:
+            weights = op.forward(weights, sizes)
+        yield quantize_rows(weights, TYPE_IDS[tensor.type_name], n_threads=n_threads)
 
 
-def _check_finite(tensor: PlannedTensor, weights: Array) -> None:
-    name = tensor.source.name if tensor.source else tensor.name
+def _check_finite(name: str, type_name: str, weights: Array) -> None:
     low, high = float(weights.min()), float(weights.max())  # NaN wins in both: no array of flags is needed
     if not (np.isfinite(low) and np.isfinite(high)):
         n_bad = int(weights.size - np.isfinite(weights).sum())
         raise CheckpointError(f"tensor {name} has {n_bad} values that are not finite; the training run diverged")
-    if tensor.type_name == "F16" and max(-low, high) > _F16_MAX:
+    if type_name == "F16" and max(-low, high) > _F16_MAX:
         raise CheckpointError(f"tensor {name} has values up to {max(-low, high):.3g}, beyond F16; use BF16 or F32")

@@ -35,7 +35,7 @@ def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tupl
             types[name].type_name,
             types[name].wanted,
             tensor_bytes(tensor.shape, types[name].type_name),
-            source=tensor,
+            sources=(tensor,),
         )
         for name, tensor in source.tensors.items()
     )

@@ -9,23 +9,36 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from converters.architectures import find_gguf_architecture
-from converters.architectures.rope import rope_config, shortest
-from converters.architectures.spec import Arch, Array, Weight, is_block_tensor
+from converters.architectures.spec import (
+    Arch,
+    Array,
+    Config,
+    Sizes,
+    Weight,
+    blocks,
+    gguf_name,
+    hf_names,
+    stored_shape,
+    weight_shape,
+)
+from converters.gguf_config import gguf_config
 from converters.safetensors_writer import DTYPES, OutTensor, write_shards
 from converters.sources import Source, SourceTensor
 from converters.sources.gguf_file import open_gguf
+from converters.sources.sentence_transformers import POOLING_NAMES, write_modules
 from converters.tokenizers.tokenizer_json import build_tokenizer_json, dump_json
 from converters.tokenizers.vocabulary import Vocabulary, vocabulary_from_metadata
 from edgellm.errors import CheckpointError, OutputError
 
-_TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_ROPE_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 
 
 def to_checkpoint(
@@ -44,10 +57,11 @@ def to_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     source, folder = open_gguf(Path(gguf)), Path(folder)
-    arch = find_gguf_architecture(str(source.metadata.get("general.architecture", "")))
+    arch = find_gguf_architecture(source.metadata)
     config = gguf_config(arch, source, dtype)
-    sizes = arch.sizes(config)
-    tensors = _out_tensors(arch, config, sizes, source)
+    usual = arch.complete_config(config)
+    sizes = arch.sizes(usual)
+    tensors = _out_tensors(arch, usual, sizes, source)
     vocabulary = vocabulary_from_metadata(source.metadata)
     tokenizer = build_tokenizer_json(vocabulary)
     n_bytes = sum(prod(tensor.shape) for tensor in tensors) * DTYPES[dtype][2]
@@ -66,7 +80,11 @@ def to_checkpoint(
                 on_progress(name, done, n_bytes)
 
         write_shards(partial_folder, tensors, dtype, on_tensor)
-        _write_small_files(partial_folder, config, vocabulary, tokenizer)
+        n_ctx = int(source.metadata.get(f"{arch.name}.context_length", 2048))
+        _write_small_files(partial_folder, config, vocabulary, tokenizer, n_ctx)
+        pooling = POOLING_NAMES.get(source.metadata.get(f"{arch.name}.pooling_type", 0))
+        if pooling:
+            write_modules(partial_folder, pooling)
         _put_in_place(partial_folder, folder)
     except OSError as exc:
         raise OutputError(f"cannot write {folder}: {exc.strerror or exc}; make room or choose another folder") from exc
@@ -107,82 +125,71 @@ def _put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def gguf_config(arch: Arch, source: Source, dtype: str = "f32") -> dict[str, Any]:
-    """config.json for a GGUF, in words that transformers 4 and 5 both read."""
-    metadata = source.metadata
-    hf_class = arch.hf_classes[0]
-    config: dict[str, Any] = {"architectures": [hf_class], "model_type": arch.model_types[hf_class]}
-    config |= {key: value for key, value in arch.defaults[hf_class].items() if not isinstance(value, int | float)}
-    for kv in arch.metadata:
-        key = kv.key.format(arch=arch.name)
-        if key in metadata:
-            config[kv.field] = shortest(metadata[key])
-        elif not kv.optional and kv.field != "vocab_size":
-            raise CheckpointError(f"{source.path} lacks {key}; it can't be written as a checkpoint")
-    embedding = source.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise CheckpointError(f"{source.path} has no token_embd.weight; it can't be written as a checkpoint")
-    config["max_position_embeddings"] = int(metadata.get(f"{arch.name}.context_length", 0)) or 2048
-    config["vocab_size"] = embedding.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in source.tensors
+def _out_tensors(arch: Arch, config: Config, sizes: Sizes, source: Source) -> list[OutTensor]:
+    """Every tensor of the checkpoint; CheckpointError where the GGUF has too few or too many."""
+    made_of: dict[str, list[tuple[SourceTensor, Weight]]] = {}
+    used = set(arch.tensors(config, sizes)) | _ROPE_TENSORS  # made from the config
     for weight in arch.weights:
-        if weight.flag:
-            config[weight.flag] = config.get(weight.flag, False) or weight.gguf.replace("{i}", "0") in source.tensors
-    n_rot = arch.sizes(config)["head_dim"]
-    factors = source.tensors.get("rope_freqs.weight")
-    rope = rope_config(metadata, arch.name, n_rot, None if factors is None else factors.read())
-    config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        if f"tokenizer.ggml.{key}_token_id" in metadata:
-            config[f"{name}_token_id"] = int(metadata[f"tokenizer.ggml.{key}_token_id"])
-    return config | {"torch_dtype": _TORCH_DTYPES[dtype], "use_cache": True}
-
-
-def _matched(arch: Arch, sizes: Mapping[str, int], source: Source) -> dict[str, tuple[SourceTensor, Weight]]:
-    """Checkpoint name → (GGUF tensor, its spec); every tensor of the GGUF used."""
-    found: dict[str, tuple[SourceTensor, Weight]] = {}
-    used = {"rope_freqs.weight"}
-    for weight in arch.weights:
-        for i in range(sizes["n_layer"]) if is_block_tensor(weight) else (0,):
-            name = weight.gguf.replace("{i}", str(i))
-            if name in source.tensors:
-                found[weight.hf.replace("{i}", str(i))] = (source.tensors[name], weight)
-                used.add(name)
+        for i in blocks(weight, config, sizes):
+            name, names = gguf_name(weight, i), hf_names(weight, i, sizes)
+            is_part = any(op.part for op in weight.ops)
+            if name in used or not _is_written(weight, config, source, name):
+                continue
+            tensor = source.tensors.get(name)
+            if tensor is None:
+                raise CheckpointError(f"{source.path} lacks {name}")
+            if tensor.shape != weight_shape(weight, sizes):
+                expected = list(weight_shape(weight, sizes))
+                raise CheckpointError(f"tensor {name} has shape {list(tensor.shape)}, expected {expected}")
+            used.add(name)
+            for e, hf_name in enumerate(names):
+                share = tensor if len(names) == 1 else replace(tensor, read=partial(tensor.read, e, len(names)))
+                made_of.setdefault(hf_name, []).append((share, weight))
+                assert is_part or len(made_of[hf_name]) == 1
+    if config["tie_word_embeddings"]:
+        used.add("output.weight")
     unknown = sorted(source.tensors.keys() - used)
     if unknown:
-        raise CheckpointError(
-            f"{source.path} has tensors the {arch.name} family doesn't know: {', '.join(unknown[:3])}"
-        )
-    return found
+        known = ", ".join(unknown[:3])
+        raise CheckpointError(f"{source.path} has tensors the {arch.name} family doesn't know: {known}")
+    return [
+        OutTensor(name, stored_shape(parts[0][1], sizes), partial(_read_back, parts, sizes))
+        for name, parts in made_of.items()
+    ]
 
 
-def _out_tensors(arch: Arch, config: Mapping[str, Any], sizes: Mapping[str, int], source: Source) -> list[OutTensor]:
-    matched = _matched(arch, sizes, source)
-    out = []
-    for weight in arch.weights:
-        if (weight.tied and config["tie_word_embeddings"]) or (weight.flag and not config[weight.flag]):
-            continue
-        for i in range(sizes["n_layer"]) if is_block_tensor(weight) else (0,):
-            name, shape = weight.hf.replace("{i}", str(i)), tuple(sizes[size] for size in weight.shape)
-            if name not in matched:
-                raise CheckpointError(f"{source.path} lacks {weight.gguf.replace('{i}', str(i))}")
-            tensor = matched[name][0]
-            if tensor.shape != shape:
-                raise CheckpointError(f"tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
-            out.append(OutTensor(name, shape, partial(_read_back, tensor, weight, sizes)))
-    return out
+def _is_written(weight: Weight, config: Config, source: Source, name: str) -> bool:
+    if weight.tied and config["tie_word_embeddings"]:
+        return False
+    return not (weight.flag and not config[weight.flag]) and not (weight.optional and name not in source.tensors)
 
 
-def _read_back(tensor: SourceTensor, weight: Weight, sizes: Mapping[str, int]) -> Array:
-    values = tensor.read()
-    for op in reversed(weight.ops):
+def _read_back(parts: Sequence[tuple[SourceTensor, Weight]], sizes: Sizes) -> Array:
+    """The stored tensor: maps undone, parts joined."""
+    undone: list[tuple[int, Array]] = []
+    shape = stored_shape(parts[0][1], sizes)
+    for tensor, weight in parts:
+        at = next((n for n, op in enumerate(weight.ops) if op.part), -1)
+        values = tensor.read()
+        if "{e}" in weight.hf:
+            values = values[0]  # one expert, with the stack's axis
+        for op in reversed(weight.ops[at + 1 :]):
+            values = op.inverse(values, sizes)
+        if at < 0:
+            return values.reshape(shape)
+        undone.append(((weight.ops[at].part or (0, 1))[0], values))
+    weight = parts[0][1]
+    at = next(n for n, op in enumerate(weight.ops) if op.part)
+    join = weight.ops[at].join
+    assert join is not None
+    values = join([values for _, values in sorted(undone, key=lambda item: item[0])])
+    for op in reversed(weight.ops[:at]):
         values = op.inverse(values, sizes)
-    return values
+    return values.reshape(shape)
 
 
 def _write_small_files(
-    folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, tokenizer: Mapping[str, Any]
+    folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, tokenizer: Mapping[str, Any], n_ctx: int
 ) -> None:
     dump_json(folder / "config.json", config)
     dump_json(folder / "tokenizer.json", tokenizer)
@@ -196,7 +203,7 @@ def _write_small_files(
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": vocabulary.add_eos,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
+        "model_max_length": n_ctx,
         **special,
     }
     dump_json(folder / "tokenizer_config.json", tokenizer_config)

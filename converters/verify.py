@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.plan import Plan
 from converters.tokenizers.corpus import sample_texts
+from converters.tokenizers.differences import known_difference
+from converters.tokenizers.pretokenizer import unicode_forms
+from converters.tokenizers.read import sentencepiece_file
+from converters.tokenizers.tekken import read_tekken
+from converters.tokenizers.tokenizer_json import build_tokenizer_json
 from edgellm.errors import CheckpointError, TokenizerError
 from edgellm.gguf_header import check_loadable
 from edgellm.native.probe import probe
 
-_UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 Encode = Callable[[str], list[int]]
 
 
@@ -38,35 +43,56 @@ def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: En
         raise CheckpointError("llama.cpp computes logits that are not finite or all equal; the weights are damaged")
     checks.append("loaded by llama.cpp in a process of its own: logits finite")
     if reference is not None:
-        _compare_ids(texts, seen.ids, reference)
-        checks.append(f"tokenizer: {len(texts)} strings compared with the checkpoint's own, all equal")
+        checks.append(_compare_ids(texts, seen.ids, reference, metadata))
     return tuple(checks)
 
 
-def _compare_ids(texts: list[str], ids: list[list[int]], reference: Encode) -> None:
+def _compare_ids(texts: list[str], ids: list[list[int]], reference: Encode, metadata: Mapping[str, Any]) -> str:
+    """The receipt's line on the tokenizer; TokenizerError for a difference that isn't llama.cpp's own."""
+    reasons: dict[str, int] = {}
     for text, ours in zip(texts, ids, strict=True):
         expected = reference(text)
-        if ours != expected:
+        if ours == expected:
+            continue
+        reason = known_difference(metadata, text)
+        if reason is None:
             raise TokenizerError(
                 f"llama.cpp tokenizes {text[:60]!r} as {ours[:12]}, the checkpoint's own tokenizer as {expected[:12]}; "
                 "give the right pre-tokenizer with --pre"
             )
+        reasons[reason] = reasons.get(reason, 0) + 1
+    if not reasons:
+        return f"tokenizer: {len(texts)} strings compared with the checkpoint's own, all equal"
+    others = ", ".join(f"{n} with {reason}" for reason, n in reasons.items())
+    n_equal = len(texts) - sum(reasons.values())
+    return (
+        f"tokenizer: {len(texts)} strings compared with the checkpoint's own, {n_equal} equal; "
+        f"llama.cpp is known to differ in the others: {others}"
+    )
 
 
 def reference_encoder(folder: Path) -> Encode | None:
     """The checkpoint's own tokenizer as a function, or None for a source without one."""
     if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # llama.cpp has no Unicode normalization, which the receipt notes; compared is what comes after it
-        plain = Tokenizer.from_str(tokenizer.to_str())
-        if str(tokenizer.normalizer).startswith(_UNICODE_FORMS):
-            plain.normalizer = None
-        return lambda text: list(plain.encode(text, add_special_tokens=False).ids)
-    if (folder / "tokenizer.model").is_file():
+        return _tokenizers_encoder((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if (folder / "tekken.json").is_file():
+        # the library reads no tekken.json: the pattern and the merges go through its own engine
+        return _tokenizers_encoder(json.dumps(build_tokenizer_json(read_tekken(folder, {}))))
+    if path := sentencepiece_file(folder):
         from sentencepiece import SentencePieceProcessor
 
-        processor = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        processor = SentencePieceProcessor(model_file=str(path))
         return lambda text: list(processor.EncodeAsIds(text))
     return None
+
+
+def _tokenizers_encoder(content: str) -> Encode:
+    """The `tokenizers` library on a tokenizer.json, the text of control tokens taken as text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(content)
+    # llama.cpp has no Unicode normalization, which the receipt notes; compared is what comes after it
+    if unicode_forms(json.loads(content).get("normalizer")):
+        tokenizer.normalizer = None
+    tokenizer.encode_special_tokens = True
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)

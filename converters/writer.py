@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -83,14 +83,22 @@ class Writer:
         assert self._writer.fout is not None
         return self._writer.fout[0]
 
-    def write(self, data: NDArray[Any]) -> None:
-        """The next tensor's bytes, in the order of the plan."""
+    def write(self, pieces: Iterable[NDArray[np.uint8]]) -> None:
+        """The next tensor's bytes, in the order of the plan, as one array or several that follow one another."""
         with _disk_errors(self.partial):
-            self._writer.write_tensor_data(data)
+            self._pad()
+        for piece in pieces:
+            with _disk_errors(self.partial):
+                self._file.write(np.ascontiguousarray(piece).data)
+
+    def _pad(self) -> None:
+        position = self._file.tell()
+        self._file.write(bytes(GGUFWriter.ggml_pad(position, self._writer.data_alignment) - position))
 
     def finish(self) -> Path:
         """All bytes on disk and the magic in place: the partial file can now be opened and checked."""
         with _disk_errors(self.partial):
+            self._pad()
             self._file.seek(0)
             self._file.write(_MAGIC)
             self._file.flush()

@@ -18,13 +18,19 @@ from edgellm.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One stored tensor. `shape` is as stored (rows first); `read()` gives it as float32, freshly allocated."""
+    """One stored tensor. `shape` is as stored (rows first).
+
+    `read()` gives it as float32, freshly allocated; `read(k, n)` the k-th of n equal parts along the first axis.
+    `read_stored`, with the same arguments, gives the stored numbers: integers as they are, BF16 as uint16 and FP8 as
+    uint8 bits. A GGUF's tensors have none.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str  # F32, F16, BF16, F64, or a ggml type's name
+    dtype: str  # a safetensors type, a ggml type, or how a weight is quantized ("GPTQ 4 bit")
     n_bytes: int
-    read: Callable[[], NDArray[np.float32]]
+    read: Callable[..., NDArray[np.float32]]
+    read_stored: Callable[..., NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Source:
     config: Mapping[str, Any]
     tensors: Mapping[str, SourceTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF
+    notes: tuple[str, ...] = ()  # what the receipt should say about it
 
     @property
     def n_bytes(self) -> int:
@@ -43,7 +50,10 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """Open a Hugging Face folder or a GGUF file; CheckpointError or ModelFileError says what is wrong with it."""
+    """Open a checkpoint folder, one weight file with a config beside it, or a GGUF.
+
+    CheckpointError or ModelFileError says what is wrong with it.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no such file or folder: {path}; check the path")
@@ -57,6 +67,6 @@ def open_source(path: str | Path) -> Source:
         from converters.sources.gguf_file import open_gguf
 
         return open_gguf(path)
-    raise CheckpointError(
-        f"{path} is neither a checkpoint folder nor a GGUF; give the folder that holds config.json and the weights"
-    )
+    from converters.sources.state_dict import open_weight_file
+
+    return open_weight_file(path)

@@ -29,25 +29,27 @@ def open_gguf(path: Path) -> Source:
     return Source(path, "gguf", {}, tensors, header.metadata)
 
 
-def _read(path: Path, info: TensorInfo) -> NDArray[np.float32]:
+def _read(path: Path, info: TensorInfo, k: int = 0, n: int = 1) -> NDArray[np.float32]:
     """Dequantized as gguf.quants does it: exact products, the same on every machine."""
-    out = np.empty(info.n_elements, dtype=np.float32)
+    shape = (info.shape[0] // n, *info.shape[1:])
+    out = np.empty(info.n_elements // n, dtype=np.float32)
     _, block, n_block_bytes = GGML_TYPES[info.ggml_type]
+    n_bytes = info.n_bytes // n
     step = max(1, _SLAB_BYTES // n_block_bytes) * n_block_bytes
     try:
         with path.open("rb") as file:
-            file.seek(info.offset)
-            for start in range(0, info.n_bytes, step):
-                n = min(step, info.n_bytes - start)
-                raw = np.frombuffer(file.read(n), dtype=np.uint8)
-                if raw.size != n:
+            file.seek(info.offset + k * n_bytes)
+            for start in range(0, n_bytes, step):
+                wanted = min(step, n_bytes - start)
+                raw = np.frombuffer(file.read(wanted), dtype=np.uint8)
+                if raw.size != wanted:
                     raise CheckpointError(f"{path} changed while it was read: tensor {info.name} is cut off")
                 first = start // n_block_bytes * block
                 values = _dequantize(raw, info.ggml_type)
                 out[first : first + values.size] = values
     except OSError as exc:
         raise CheckpointError(f"cannot read tensor {info.name} in {path}: {exc.strerror or exc}") from exc
-    return out.reshape(info.shape)
+    return out.reshape(shape)
 
 
 def _dequantize(raw: NDArray[np.uint8], ggml_type: int) -> NDArray[np.float32]:

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from converters.sources import Source, SourceTensor
+from converters.sources.mistral import read_params, rename_tensors, to_halves
+from converters.sources.prequantized import restore_weights
 from converters.sources.safetensors_file import read_tensors
+from converters.sources.sentence_transformers import read_modules
+from converters.sources.state_dict import find_weights, unwrap
 from edgellm.errors import CheckpointError
 
 # in order of preference, as transformers looks for them: (index or single file, kind)
@@ -17,12 +21,14 @@ _LAYOUTS = (
     ("model.safetensors.index.json", "safetensors"),
     ("pytorch_model.bin", "torch"),
     ("pytorch_model.bin.index.json", "torch"),
+    ("consolidated.safetensors.index.json", "safetensors"),
 )
 
 
 def open_folder(folder: Path) -> Source:
     """Names, shapes and types of every tensor, from headers; nothing is loaded but pickles' skeletons."""
-    config = read_config(folder)
+    if not (folder / "params.json").exists():
+        read_config(folder)  # its message fits a folder without a config better than what comes below
     for name, kind in _LAYOUTS:
         path = folder / name
         if not path.exists():
@@ -31,10 +37,26 @@ def open_folder(folder: Path) -> Source:
         tensors = _read_shards(path, reader) if name.endswith(".json") else reader(path)
         if not tensors:
             raise CheckpointError(f"{path} holds no tensors; save the model again")
-        return Source(folder, kind, config, tensors)
+        return make_source(folder, kind, tensors)
+    found = find_weights(folder)
+    if found:
+        return make_source(folder, *found)
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder} holds an adapter, not a model; convert the base model it was trained on")
     raise CheckpointError(f"{folder} holds no weights (no {', no '.join(name for name, _ in _LAYOUTS)})")
+
+
+def make_source(folder: Path, kind: str, stored: Mapping[str, SourceTensor]) -> Source:
+    """The checkpoint with usual names and float weights, whatever wrote it; CheckpointError says what it lacks."""
+    tensors = unwrap(stored)
+    if "tok_embeddings.weight" in tensors and (folder / "params.json").exists():
+        config = read_params(read_json_object(folder / "params.json"))
+        renamed, notes = restore_weights(config, rename_tensors(tensors))
+        return Source(folder, kind, config, to_halves(renamed, config), notes=notes)
+    config = read_config(folder)
+    tensors, notes = restore_weights(config, tensors)
+    fields, dense = read_modules(folder)
+    return Source(folder, kind, config | fields, tensors | dense, notes=notes)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -49,17 +71,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object; CheckpointError says what is wrong with it."""
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object; save the checkpoint again")
+    return content
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """A JSON file that must hold a list of objects; CheckpointError as above."""
+    content = _read_json(path)
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise CheckpointError(f"{path} isn't a list of objects; save the checkpoint again")
+    return content
+
+
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(
             f"{path} is no valid JSON: {str(exc).splitlines()[0]}; save the checkpoint again"
         ) from exc
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object; save the checkpoint again")
-    return content
 
 
 def _torch_reader() -> Callable[[Path], dict[str, SourceTensor]]:

@@ -25,11 +25,18 @@ _DTYPES: Mapping[str, tuple[str, str]] = {
     "float32": ("F32", "<f4"),
     "float16": ("F16", "<f2"),
     "bfloat16": ("BF16", "<u2"),
+    "float8_e4m3fn": ("F8_E4M3", "u1"),
+    "float8_e5m2": ("F8_E5M2", "u1"),
+    "float8_e8m0fnu": ("F8_E8M0", "u1"),
     "int64": ("I64", "<i8"),
     "int32": ("I32", "<i4"),
+    "int16": ("I16", "<i2"),
+    "int8": ("I8", "i1"),
     "uint8": ("U8", "u1"),
     "bool": ("BOOL", "?"),
 }
+# where training scripts put the weights in what they save
+_NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
 def read_pickled(path: Path) -> dict[str, SourceTensor]:
@@ -47,10 +54,11 @@ def read_pickled(path: Path) -> dict[str, SourceTensor]:
             content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as exc:  # torch raises RuntimeError, UnpicklingError, EOFError, ValueError … for bad files
         raise CheckpointError(f"{path} {_reason(exc)}") from exc
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+    found = [content, *(content.get(key) for key in _NESTED)] if isinstance(content, dict) else []
+    tables = [s for s in found if isinstance(s, dict) and s and all(isinstance(t, torch.Tensor) for t in s.values())]
+    if not tables:
         raise CheckpointError(f"{path} holds no table of tensors (a state dict); save the model's state_dict()")
-    return {str(name): _tensor(path, str(name), tensor) for name, tensor in state.items()}
+    return {str(name): _tensor(path, str(name), tensor) for name, tensor in tables[0].items()}
 
 
 def _reason(exc: Exception) -> str:
@@ -70,19 +78,25 @@ def _tensor(path: Path, name: str, tensor: Any) -> SourceTensor:
     item = np.dtype(stored).itemsize
     strides = tuple(step * item for step in tensor.stride())
     offset = start + tensor.storage_offset() * item
-    read = partial(_read, path, name, dtype, stored, tuple(tensor.shape), strides, offset)
-    return SourceTensor(name, tuple(tensor.shape), dtype, tensor.numel() * item, read)
+    where = (path, name, stored, tuple(tensor.shape), strides, offset)
+    read, read_stored = partial(_read, dtype, *where), partial(_read_stored, *where)
+    return SourceTensor(name, tuple(tensor.shape), dtype, tensor.numel() * item, read, read_stored)
 
 
-def _read(
+def _read(dtype: str, *where: Any) -> NDArray[np.float32]:
+    return to_float32(_read_stored(*where), dtype)
+
+
+def _read_stored(
     path: Path,
     name: str,
-    dtype: str,
     stored: str,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     offset: int,
-) -> NDArray[np.float32]:
+    k: int = 0,
+    n: int = 1,
+) -> NDArray[Any]:
     item = np.dtype(stored).itemsize
     span = 1 + sum((size - 1) * (step // item) for size, step in zip(shape, strides, strict=True)) if all(shape) else 0
     try:
@@ -92,4 +106,6 @@ def _read(
     if raw.size != span:
         raise CheckpointError(f"{path} is cut off inside tensor {name}; copy it again")
     view = np.lib.stride_tricks.as_strided(raw, shape, strides, writeable=False)
-    return to_float32(np.ascontiguousarray(view), dtype)
+    if n > 1:
+        view = np.split(view, n)[k]
+    return np.ascontiguousarray(view)

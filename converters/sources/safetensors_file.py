@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ _DTYPES: Mapping[str, tuple[str, int]] = {
     "F32": ("<f4", 4),
     "F16": ("<f2", 2),
     "BF16": ("<u2", 2),
+    "F8_E4M3": ("u1", 1),
+    "F8_E5M2": ("u1", 1),
+    "F8_E8M0": ("u1", 1),
     "I64": ("<i8", 8),
     "I32": ("<i4", 4),
     "I16": ("<i2", 2),
@@ -48,7 +51,8 @@ def read_tensors(path: Path) -> dict[str, SourceTensor]:
             )
         position = end
         read = partial(_read, path, name, dtype, shape, data_start + begin)
-        tensors[name] = SourceTensor(name, shape, dtype, end - begin, read)
+        stored = partial(_read_stored, path, name, dtype, shape, data_start + begin)
+        tensors[name] = SourceTensor(name, shape, dtype, end - begin, read, stored)
     if position > n_data:
         raise CheckpointError(f"{path} is cut off: {position - n_data:,} bytes are missing; copy it again")
     if position < n_data:
@@ -92,20 +96,51 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     return dtype, shape, begin, end
 
 
-def _read(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> NDArray[np.float32]:
+def _read(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, k: int = 0, n: int = 1
+) -> NDArray[np.float32]:
+    return to_float32(_read_stored(path, name, dtype, shape, offset, k, n), dtype)
+
+
+def _read_stored(
+    path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: int, k: int = 0, n: int = 1
+) -> NDArray[Any]:
+    numpy_type, item = _DTYPES[dtype]
+    count = prod(shape) // n
     try:
-        raw = np.fromfile(path, dtype=_DTYPES[dtype][0], count=prod(shape), offset=offset)
+        raw = np.fromfile(path, dtype=numpy_type, count=count, offset=offset + k * count * item)
     except OSError as exc:
         raise CheckpointError(f"cannot read tensor {name} in {path}: {exc.strerror or exc}") from exc
-    if raw.size != prod(shape):
+    if raw.size != count:
         raise CheckpointError(f"{path} changed while it was read: tensor {name} is cut off")
-    return to_float32(raw, dtype).reshape(shape)
+    return raw.reshape((shape[0] // n, *shape[1:]) if n > 1 else shape)
 
 
 def to_float32(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Stored values as float32; BF16 comes as its uint16 bits."""
+    """Stored values as float32; BF16 comes as its uint16 bits, FP8 as its uint8 bits."""
     if dtype == "BF16":
         wide = raw.astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
+    if dtype.startswith("F8_"):
+        values: NDArray[np.float32] = _fp8_table(dtype)[raw]
+        return values
     return raw.astype(np.float32, copy=False)
+
+
+@cache
+def _fp8_table(dtype: str) -> NDArray[np.float32]:
+    """The values of all 256 bit patterns (OCP 8-bit floating point specification; E8M0: OCP microscaling formats).
+
+    E5M2 is the upper byte of a float16. E4M3 has a bias of 7, no infinity, and NaN only where all bits are set.
+    """
+    bits = np.arange(256)
+    if dtype == "F8_E5M2":
+        return (bits << 8).astype(np.uint16).view(np.float16).astype(np.float32)
+    if dtype == "F8_E8M0":
+        return np.ldexp(np.where(bits == 255, np.nan, 1.0), bits - 127).astype(np.float32)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    size[bits & 127 == 127] = np.nan
+    values: NDArray[np.float32] = np.where(bits < 128, size, -size).astype(np.float32)
+    return values

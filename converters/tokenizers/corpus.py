@@ -11,7 +11,7 @@ _WORDS = (
     "I'M YOU'RE HE'D WE'LL THEY'VE IT'S DON'T", "'tis 'twas rock'n'roll o'clock", "naïve café Ångström Übermut",
     "Страна и мир", "Ελληνικά κείμενα", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "ภาษาไทยไม่มีเว้นวรรค",
     "中文分词没有空格", "日本語のテキストです", "한국어 문장입니다", "Tiếng Việt có dấu", "አማርኛ", "ქართული", "தமிழ் உரை",
-    "ÅÆØ åæø ßẞ ǅǆ", "ĐakoÇa Straße İstanbul", "МоскваRivers ΑθήναCity", "__dunder__ kebab-case-word",
+    "Հայերեն լեզու ԲԱՐԵՎ", "ᏣᎳᎩ ꮳꮃꭹ", "HTTPServer2XML iOS17", "x₁+y² 25㎏ №7",
 )  # fmt: skip
 
 _NUMBERS = (

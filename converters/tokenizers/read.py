@@ -7,17 +7,39 @@ from pathlib import Path
 from typing import Any
 
 from converters.tokenizers.vocabulary import Vocabulary
-from edgellm.errors import TokenizerError
+from edgellm.errors import EdgeLLMError, TokenizerError
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], pre: str | None = None) -> Vocabulary:
-    """tokenizer.json if there is one, else tokenizer.model; TokenizerError where there is neither."""
+    """tokenizer.json if there is one, else tekken.json, else tokenizer.model; TokenizerError where there is none."""
+    try:
+        return _read(folder, config, pre)
+    except EdgeLLMError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as exc:
+        # what the files' readers don't check entry by entry: a table where a text belongs and the like
+        raise TokenizerError(f"the tokenizer in {folder} is damaged ({exc!r}); copy it again") from exc
+
+
+def _read(folder: Path, config: Mapping[str, Any], pre: str | None) -> Vocabulary:
     if (folder / "tokenizer.json").is_file():
         from converters.tokenizers.tokenizer_json import read_tokenizer_json
 
         return read_tokenizer_json(folder, config, pre)
-    if (folder / "tokenizer.model").is_file():
+    if (folder / "tekken.json").is_file():
+        from converters.tokenizers.tekken import read_tekken
+
+        return read_tekken(folder, config, pre)
+    if path := sentencepiece_file(folder):
         from converters.tokenizers.sentencepiece_model import read_sentencepiece_model
 
-        return read_sentencepiece_model(folder, config)
-    raise TokenizerError(f"{folder} has no tokenizer.json or tokenizer.model; copy the base model's tokenizer there")
+        return read_sentencepiece_model(path, config)
+    raise TokenizerError(
+        f"{folder} has no tokenizer.json, tekken.json or tokenizer.model; copy the base model's tokenizer there"
+    )
+
+
+def sentencepiece_file(folder: Path) -> Path | None:
+    """The folder's SentencePiece model: tokenizer.model, or Mistral's tokenizer.model.v3 and the like."""
+    versions = sorted(folder.glob("tokenizer.model.v*"))
+    return next((path for path in (folder / "tokenizer.model", *versions) if path.is_file()), None)

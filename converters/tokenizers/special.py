@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.sources.huggingface import read_json_object
 
-_NAMES = ("bos", "eos", "unk", "sep", "pad", "mask")
+_NAMES = ("bos", "eos", "unk", "sep", "pad", "mask", "cls")
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 def special_ids(folder: Path, config: Mapping[str, Any], id_of: Mapping[str, int]) -> dict[str, int]:
     """Special token name → id. Texts in the tokenizer's files come first, ids in the config files second.
 
-    Several end-of-sequence ids (as Llama 3.1 has) become eos, eom and eot.
+    Several end-of-sequence ids (as Llama 3.1 has) become eos, eom and eot, the three that llama.cpp stops at.
     """
     texts = read_optional_json(folder / "special_tokens_map.json") | read_optional_json(
         folder / "tokenizer_config.json"
@@ -48,7 +48,9 @@ def _other_ends(ends: list[int], eos: int | None, id_of: Mapping[str, int]) -> d
         others.remove(eom)
         out["eom"] = eom
     if others:
-        out["eot"] = others[-1]
+        out["eot"] = others.pop()
+    if others:
+        out.setdefault("eom", others.pop())
     return out
 
 

@@ -31,15 +31,31 @@ SPECIAL_KEYS: Mapping[str, str] = {
     "sep": "tokenizer.ggml.seperator_token_id",  # sic: GGUF's own spelling
     "pad": "tokenizer.ggml.padding_token_id",
     "mask": "tokenizer.ggml.mask_token_id",
+    "cls": "tokenizer.ggml.cls_token_id",
 }
+
+
+# optional fields of a vocabulary → GGUF's keys
+_OPTIONAL_KEYS: Mapping[str, str] = {
+    "scores": "tokenizer.ggml.scores",
+    "merges": "tokenizer.ggml.merges",
+    "remove_extra_whitespaces": "tokenizer.ggml.remove_extra_whitespaces",
+    "lowercase": "tokenizer.ggml.normalizer.lowercase",
+    "strip_accents": "tokenizer.ggml.normalizer.strip_accents",
+}
+_CHARSMAP_KEY = "tokenizer.ggml.precompiled_charsmap"
+MODELS = ("gpt2", "llama", "gemma4", "t5", "bert")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`model` is GGUF's tokenizer.ggml.model ("gpt2" for byte-level BPE, "llama" for SentencePiece-like).
+    """`model` is GGUF's tokenizer.ggml.model.
 
-    tokens and types have one entry per id; scores only for "llama", merges ("left right") only for "gpt2".
-    special: name (see SPECIAL_KEYS) → id. templates: name → Jinja text, "default" being the chat template.
+    "gpt2" is byte-level BPE, "llama" SentencePiece-like BPE by scores, "gemma4" BPE over text with ▁ for spaces,
+    "t5" Unigram, "bert" WordPiece. tokens and types have one entry per id; scores only for "llama" and "t5", merges
+    ("left right") only for "gpt2" and "gemma4". special: name (see SPECIAL_KEYS) → id. templates: name → Jinja text,
+    "default" being the chat template. Of "t5": charsmap (SentencePiece's compiled normalization) and
+    remove_extra_whitespaces; of "bert": lowercase and strip_accents.
     """
 
     model: str
@@ -52,8 +68,23 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     add_space_prefix: bool = False
+    charsmap: bytes = b""
+    remove_extra_whitespaces: bool | None = None
+    lowercase: bool | None = None
+    strip_accents: bool | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def filled_entry(i: int) -> str:
+    """The text of an embedding row that has no token."""
+    return f"[PAD{i}]"
+
+
+def own_tokens(vocabulary: Vocabulary) -> list[tuple[int, str, int]]:
+    """(id, text, type) of every entry but those filled in for rows without a token: reading fills them again."""
+    entries = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    return [(i, text, kind) for i, (text, kind) in entries if kind != TokenType.UNUSED or text != filled_entry(i)]
 
 
 def fit(vocabulary: Vocabulary, n_vocab: int) -> Vocabulary:
@@ -69,7 +100,7 @@ def fit(vocabulary: Vocabulary, n_vocab: int) -> Vocabulary:
         )
     tokens, types = list(vocabulary.tokens), list(vocabulary.types)
     n_padding = n_vocab - len(tokens)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), n_vocab)]
+    tokens += [filled_entry(i) for i in range(len(tokens), n_vocab)]
     types += [TokenType.UNUSED] * n_padding
     scores = None if vocabulary.scores is None else vocabulary.scores + [-1e9] * n_padding
     notes = list(vocabulary.notes)
@@ -100,10 +131,11 @@ def vocabulary_metadata(vocabulary: Vocabulary) -> dict[str, Any]:
         "tokenizer.ggml.tokens": vocabulary.tokens,
         "tokenizer.ggml.token_type": [int(kind) for kind in vocabulary.types],
     }
-    if vocabulary.scores is not None:
-        metadata["tokenizer.ggml.scores"] = vocabulary.scores
-    if vocabulary.merges is not None:
-        metadata["tokenizer.ggml.merges"] = vocabulary.merges
+    for name, key in _OPTIONAL_KEYS.items():
+        if getattr(vocabulary, name) is not None:
+            metadata[key] = getattr(vocabulary, name)
+    if vocabulary.charsmap:
+        metadata[_CHARSMAP_KEY] = vocabulary.charsmap
     metadata |= {SPECIAL_KEYS[name]: number for name, number in vocabulary.special.items()}
     metadata["tokenizer.ggml.add_bos_token"] = vocabulary.add_bos
     metadata["tokenizer.ggml.add_eos_token"] = vocabulary.add_eos
@@ -120,7 +152,7 @@ def vocabulary_from_metadata(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary of a GGUF; TokenizerError where it has none."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     model = metadata.get("tokenizer.ggml.model")
-    if not isinstance(tokens, list) or model not in ("gpt2", "llama"):
+    if not isinstance(tokens, list) or model not in MODELS:
         raise TokenizerError(f"the GGUF's tokenizer ({model!r}) can't be written as a tokenizer.json")
     prefix = "tokenizer.chat_template"
     templates = {
@@ -128,16 +160,17 @@ def vocabulary_from_metadata(metadata: Mapping[str, Any]) -> Vocabulary:
         for key, value in metadata.items()
         if (key == prefix or key.startswith(prefix + ".")) and isinstance(value, str)
     }
+    optional: dict[str, Any] = {name: metadata.get(key) for name, key in _OPTIONAL_KEYS.items()}
     return Vocabulary(
         model=model,
         pre=str(metadata.get("tokenizer.ggml.pre", "default")),
         tokens=tokens,
         types=list(metadata.get("tokenizer.ggml.token_type") or [int(TokenType.NORMAL)] * len(tokens)),
-        scores=metadata.get("tokenizer.ggml.scores"),
-        merges=metadata.get("tokenizer.ggml.merges"),
+        charsmap=bytes(value & 0xFF for value in metadata.get(_CHARSMAP_KEY) or ()),
         special={name: int(metadata[key]) for name, key in SPECIAL_KEYS.items() if key in metadata},
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", model == "llama")),
-        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", model == "llama")),
+        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", model in ("llama", "bert"))),
+        add_eos=bool(metadata.get("tokenizer.ggml.add_eos_token", model in ("t5", "bert"))),
+        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", model in ("llama", "t5"))),
         templates=templates,
+        **optional,
     )

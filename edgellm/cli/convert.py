@@ -138,7 +138,7 @@ def print_plan(plan: Any, as_json: bool) -> None:
             "shape": list(tensor.shape),
             "type": tensor.type_name,
             "n_bytes": tensor.n_bytes,
-            "source": tensor.source.name if tensor.source else None,
+            "sources": [source.name for source in tensor.sources],
         }
         for tensor in plan.tensors
     ]

@@ -61,7 +61,10 @@ class NativeModel:
         self.n_swa = int(lib.llama_model_n_swa(pointer))
         self.is_recurrent = bool(lib.llama_model_is_recurrent(pointer) or lib.llama_model_is_hybrid(pointer))
         architecture = _metadata(lib, pointer, "general.architecture")
-        self.names_pooling = _metadata(lib, pointer, f"{architecture}.pooling_type") != ""
+        pooling = _metadata(lib, pointer, f"{architecture}.pooling_type")
+        self.names_pooling = pooling not in ("", "0")  # 0: none, one embedding for each token
+        # made for embeddings: some of these have no logits
+        self.is_embedder = pooling != "" or _metadata(lib, pointer, f"{architecture}.attention.causal") == "false"
 
     def close(self) -> None:
         """Free the weights. Every context of this model must be closed before. Twice is fine."""

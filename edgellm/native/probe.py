@@ -21,7 +21,7 @@ _N_PROBED = 8  # tokens decoded: enough to run every tensor once
 
 @dataclass(frozen=True)
 class Probe:
-    """What a child process saw: token ids of each text (no special tokens added or parsed), and of the logits."""
+    """What a child process saw: ids of each text (no special tokens added or parsed), and of logits or embedding."""
 
     ids: list[list[int]]
     logits_finite: bool  # and not all the same
@@ -64,11 +64,13 @@ def _main() -> None:
     try:
         model = NativeModel(Path(request["path"]), load_mode="mmap", n_gpu_layers=0)
         ids = [model.vocab.tokenize(text, special=False) for text in request["texts"]]
-        context = Context(model, LoadParams(n_ctx=64, n_batch=_N_PROBED), n_outputs=_N_PROBED)
-        logits = context.logits([7919 * i % model.vocab.size for i in range(1, _N_PROBED + 1)])
+        params = LoadParams(n_ctx=64, n_batch=_N_PROBED)
+        context = Context(model, params, n_outputs=_N_PROBED, embeddings=model.is_embedder)
+        tokens = [7919 * i % model.vocab.size for i in range(1, _N_PROBED + 1)]
+        output = context.embedding(tokens) if model.is_embedder else context.logits(tokens)
     except EdgeLLMError as exc:
         raise SystemExit(f"error: {exc}") from exc
-    print(json.dumps({"ids": ids, "logits_finite": bool(np.isfinite(logits).all() and np.ptp(logits) > 0)}))
+    print(json.dumps({"ids": ids, "logits_finite": bool(np.isfinite(output).all() and np.ptp(output) > 0)}))
 
 
 if __name__ == "__main__":

@@ -118,6 +118,39 @@ def llama_greedy(path: Path, prompts: list[list[int]], n: int, stop: int) -> lis
     return answers
 
 
+def llama_embeddings(path: Path, tokens: list[int], pooled: bool = False) -> NDArray[np.float32]:
+    """llama.cpp's embedding of every token (n_tokens, n_embd), or of the text, as the file says to pool (n_embd,)."""
+    api.llama_log_set(_quiet, ctypes.c_void_p(0))
+    model_params = api.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model = api.llama_model_load_from_file(str(path).encode(), model_params)
+    assert model
+    params = api.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = len(tokens), len(tokens), len(tokens)
+    params.n_outputs_max = params.n_outputs_max_per_seq = len(tokens)
+    params.type_k = params.type_v = 0
+    params.flash_attn_type = 0
+    params.embeddings = True
+    params.pooling_type = -1 if pooled else 0
+    context = api.llama_init_from_model(model, params)
+    assert context
+    batch = api.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, 1
+    assert api.llama_decode(context, batch) == 0
+    n_embd = api.llama_model_n_embd(model)
+    if pooled:
+        found = np.ctypeslib.as_array(api.llama_get_embeddings_seq(context, 0), (n_embd,)).copy()
+    else:
+        rows = [np.ctypeslib.as_array(api.llama_get_embeddings_ith(context, i), (n_embd,)) for i in range(len(tokens))]
+        found = np.stack([row.copy() for row in rows])
+    api.llama_batch_free(batch)
+    api.llama_free(context)
+    api.llama_model_free(model)
+    return found
+
+
 @contextmanager
 def vocabulary(path: Path) -> Iterator[Any]:
     """llama.cpp's vocabulary of a GGUF, without its weights."""

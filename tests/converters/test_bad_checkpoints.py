@@ -107,21 +107,21 @@ def test_unsupported_architecture(tiny_llama: Path, copy_of: Copy) -> None:
     [
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0},
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False},
-        {"rope_type": "longrope", "factor": 4.0},
+        {"rope_type": "spiral", "factor": 4.0},
         {"rope_type": "default", "partial_rotary_factor": 0.5},
     ],
 )
 def test_unsupported_rope(tiny_llama: Path, copy_of: Copy, rope: dict[str, Any]) -> None:
     folder = copy_of(tiny_llama)
     change_config(folder, rope_parameters={"rope_theta": 10000.0, **rope})
-    with pytest.raises(UnsupportedArchitecture, match=r"beta_fast|truncate=false|'longrope' isn't supp|partial rotary"):
+    with pytest.raises(UnsupportedArchitecture, match=r"beta_fast|truncate=false|'spiral' isn't supp|partial rotary"):
         plan(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"hidden_act": "gelu"}, UnsupportedArchitecture, "hidden_act 'gelu' isn't supported"),
+        ({"hidden_act": "gelu"}, UnsupportedArchitecture, "hidden_act = 'gelu' isn't supported"),
         ({"num_hidden_layers": 600}, UnsupportedArchitecture, "600 layers; llama.cpp takes 512"),
         ({"partial_rotary_factor": 0.5}, UnsupportedArchitecture, "partial rotary"),
         ({"hidden_size": None}, CheckpointError, "hidden_size = None, expected a positive whole number"),

@@ -42,8 +42,8 @@ def test_dry_run_equals_the_real_thing(model: Path, quant: str, tmp_path: Path) 
     assert planned["bits_per_weight"] == pytest.approx(8 * planned["n_bytes"] / planned["n_parameters"])
     assert planned["quant"] == quant
     assert planned["architecture"] == "llama"
-    sources = [row["source"] for row in planned["tensors"]]
-    assert sources.count(None) == 1  # rope_freqs is computed
+    sources = [name for row in planned["tensors"] for name in row["sources"]]
+    assert [row["name"] for row in planned["tensors"] if not row["sources"]] == ["rope_freqs.weight"]  # computed
     assert "model.layers.1.mlp.down_proj.weight" in sources
 
 

@@ -47,12 +47,13 @@ around(sys.modules["converters.convert"], "verify")
 if at == "within a tensor":
     import numpy, gguf
     write = Writer.write
-    def half(self, data):
+    def half(self, pieces):
         if self._file.tell() > 200_000:
-            self._file.write(data.tobytes()[: data.nbytes // 2])
+            data = next(iter(pieces)).tobytes()
+            self._file.write(data[: len(data) // 2])
             self._file.flush()
             die()
-        write(self, data)
+        write(self, pieces)
     Writer.write = half
 convert(source, out, quant="Q8_0", force=True, on_progress=at_tensor)
 """

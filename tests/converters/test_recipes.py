@@ -46,7 +46,10 @@ def _make(config: dict[str, Any], root: Path) -> tuple[Path, Path]:
 
 def _planned(folder: Path, quant: str, types: tuple[tuple[str, str], ...] = ()) -> dict[str, reference.Stored]:
     planned = plan(folder, quant=quant, types=types)
-    return {t.name: (t.type_name, t.shape, output_bytes(t, planned.sizes).tobytes()) for t in planned.tensors}
+    return {
+        t.name: (t.type_name, t.shape, b"".join(p.tobytes() for p in output_bytes(t, planned.sizes)))
+        for t in planned.tensors
+    }
 
 
 def _assert_equal(ours: dict[str, reference.Stored], theirs: dict[str, reference.Stored]) -> None:
