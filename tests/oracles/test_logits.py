@@ -63,7 +63,9 @@ def _transformers_logits(model: Any) -> np.ndarray:
 
 def _assert_close(ours: np.ndarray, expected: np.ndarray) -> None:
     assert expected.std() > 0.1
-    assert np.abs(ours - expected).max() / expected.std() < BOUND
+    error = np.abs(ours - expected).max(axis=1) / expected.std()  # of each position
+    wrong = np.flatnonzero(~(error < BOUND))
+    assert wrong.size == 0, f"{wrong.size} positions from {wrong[0]} on differ, by up to {error.max():.3g}"
 
 
 @pytest.mark.parametrize("case", CASES)
