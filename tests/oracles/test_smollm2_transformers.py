@@ -25,6 +25,10 @@ QUESTIONS = (
     "Why is the sky blue?",
     "Name a famous painter and one of their works.",
     "Summarize: The quick brown fox jumps over the lazy dog.",
+    "Tell me a long story about a lighthouse keeper.",
+    "Explain step by step how bread is made.",
+    "Describe the water cycle in detail.",
+    "Write a letter to a friend about a journey by train.",
 )
 N_ANSWER = 32
 # Both sides compute in float32, in different orders. In units of the logits' standard deviation, over 300 positions:
@@ -101,10 +105,9 @@ def test_greedy_answers_agree(smollm2_f32: Path, transformer: tuple[Any, Any]) -
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
     answers = reference.llama_greedy(smollm2_f32, prompts, N_ANSWER, stop=tokenizer.eos_token_id)
     theirs = _generate(model, prompts, tokenizer.eos_token_id)
-    assert max(map(len, theirs)) == N_ANSWER
-    equal = 0
+    equal = 0  # of those that don't end before the last token
     for prompt, ours, expected in zip(prompts, answers, theirs, strict=True):
-        equal += ours == expected
+        equal += ours == expected and len(expected) == N_ANSWER
         if ours != expected:
             first = next(i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b)
             with torch.no_grad():
