@@ -47,12 +47,15 @@ def convert(
     types: Overrides = (),
     pre: str | None = None,
     force: bool = False,
+    resume: bool = False,
     n_threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Receipt:
     """Convert a checkpoint folder or a GGUF to a quantized GGUF at `out`, checked before it gets that name.
 
     pre overrides the identification of the pre-tokenizer. force replaces an existing file. n_threads 0 = all cores.
+    resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
+    what this one finishes if it is interrupted in turn.
     Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
     """
     started = time.perf_counter()
@@ -61,7 +64,7 @@ def convert(
     planned = _plan(opened, quant, types)
     check_output(out, planned.n_bytes, force)
     metadata, notes = _metadata(opened, planned, pre)
-    with Writer(out, planned.architecture, metadata, planned.tensors) as writer:
+    with Writer(out, planned.architecture, metadata, planned.tensors, inputs=[opened.path], resume=resume) as writer:
         _write_tensors(writer, planned, n_threads, on_progress)
         partial = writer.finish()
         converted = time.perf_counter()
@@ -82,8 +85,14 @@ def convert(
         verify_seconds=time.perf_counter() - converted,
         peak_memory=peak_memory(),
         checks=checks,
-        notes=(*planned.notes, *notes),
+        notes=(*planned.notes, *notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
     )
+
+
+def _resumed(n_kept: int, n_tensors: int, resume: bool) -> list[str]:
+    if n_kept:
+        return [f"resumed: {n_kept} of {n_tensors} tensors were written before the interruption, and checked"]
+    return ["nothing to resume: converted from the start"] if resume else []
 
 
 def _plan(source: Source, quant: str, types: Overrides) -> Plan:
@@ -121,11 +130,11 @@ def _metadata(source: Source, planned: Plan, pre: str | None) -> tuple[dict[str,
 
 
 def _write_tensors(writer: Writer, planned: Plan, n_threads: int, on_progress: OnProgress | None) -> None:
-    done = 0
-    for tensor in planned.tensors:
+    done = sum(tensor.n_bytes for tensor in planned.tensors[: writer.n_kept])
+    for tensor in planned.tensors[writer.n_kept :]:
         if on_progress:
             on_progress(tensor.name, done, planned.n_bytes)
-        writer.write(output_bytes(tensor, planned.sizes, n_threads))
+        writer.write(tensor, output_bytes(tensor, planned.sizes, n_threads))
         done += tensor.n_bytes
     if on_progress:
         on_progress("", done, planned.n_bytes)

@@ -13,7 +13,10 @@ from converters.sources import Source
 from edgellm.errors import CheckpointError, ModelFileError
 
 _LOSSLESS = ("F32", "F16", "BF16", "F64")
-_REPLACED = ("general.architecture", "general.file_type", "general.quantization_version", "split.", "edgellm.")
+_REPLACED = (
+    "general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.",
+    "edgellm.",
+)  # fmt: skip
 
 
 def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tuple[re.Pattern[str], str]] = ()) -> Plan:

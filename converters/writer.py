@@ -2,35 +2,42 @@
 
 The header goes to `OUT.partial` first, without its magic number, then the tensors one by one; `commit` adds the
 magic, flushes to disk and renames. A crash, a full disk or a power cut leaves an earlier output as it was, and
-what is left of the new one carries another name and no magic: nothing takes it for a model.
+what is left of the new one carries another name and no magic: nothing takes it for a model. A journal beside it says
+which tensors are whole (see journal.py), for `--resume`.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter
+from gguf.gguf_writer import WriterState
 from numpy.typing import NDArray
 
+from converters.journal import Journal, digest_of, job_id
 from converters.plan import PlannedTensor
 from converters.quantize.types import TYPE_IDS
+from edgellm import __version__
 from edgellm.errors import OutputError
 
 _MAGIC = b"GGUF"
+_RESUMABLE = (KeyboardInterrupt, MemoryError, OutputError)  # another attempt may fare better
 
 
 def check_output(out: Path, n_bytes: int, force: bool) -> None:
     """Refuse an output that can't be written, before any work is done."""
     with _disk_errors(out):  # a name too long, for one
-        out.with_name(out.name + ".partial").exists()
+        reclaimed = partial_path(out).stat().st_size if partial_path(out).is_file() else 0
     if out.is_dir():
         raise OutputError(f"{out} is a folder; name the GGUF file to write")
     if out.exists() and not force:
@@ -40,60 +47,104 @@ def check_output(out: Path, n_bytes: int, force: bool) -> None:
     if not os.access(out.parent, os.W_OK):
         raise OutputError(f"no permission to write in {out.parent}; choose another folder with -o")
     free = shutil.disk_usage(out.parent).free
-    if free < n_bytes:
+    if free + reclaimed < n_bytes:
         raise OutputError(f"{out.parent} has {free:,} bytes free, the GGUF needs about {n_bytes:,}; make room")
 
 
 class Writer:
-    """A GGUF in the making; use as a context manager. Without `commit` nothing remains."""
+    """A GGUF in the making; use as a context manager. Without `commit` nothing remains, except what `resume` keeps.
 
-    def __init__(self, out: Path, arch: str, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> None:
+    inputs: the files or folders the tensors are made of. With `resume`, the tensors that an interrupted conversion of
+    the same inputs to the same header had finished are kept: `n_kept` says how many of the first ones, and they
+    aren't to be written again. What is finished then also outlives an error or Ctrl-C, for the next attempt.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        arch: str,
+        metadata: Mapping[str, Any],
+        tensors: Sequence[PlannedTensor],
+        *,
+        inputs: Sequence[Path] = (),
+        resume: bool = False,
+    ) -> None:
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
-        self._writer = GGUFWriter(self.partial, arch)
-        for key, value in metadata.items():
-            if key != "general.architecture":  # GGUFWriter has written it
-                _add(self._writer, key, value)
-        for tensor in tensors:
-            ggml_type = GGMLQuantizationType(TYPE_IDS[tensor.type_name])
-            self._writer.add_tensor_info(
-                tensor.name, list(tensor.shape), np.dtype(np.float32), tensor.n_bytes, raw_dtype=ggml_type
-            )
-        self._committed = False
+        self.partial = partial_path(out)
+        self.n_kept = 0
+        self._header = _header_bytes(arch, metadata, tensors)
+        self._tensors = tensors
+        self._journal = Journal(Path(f"{self.partial}.journal"), job_id(self._header, inputs, __version__))
+        self._resume, self._committed, self._n_finished = resume, False, 0
+        self._file: BinaryIO = io.BytesIO()  # until __enter__ opens the real one
 
     def __enter__(self) -> Writer:
         try:
-            self._write_header()
-        except BaseException:
-            self._discard()
+            with _disk_errors(self.partial):
+                finished = self._finished() if self._resume else []
+                if finished:
+                    self._go_on_after(finished)
+                else:
+                    self._start_anew()
+                self._journal.start(finished)
+        except BaseException as exc:
+            self._leave(type(exc))
             raise
         return self
 
-    def _write_header(self) -> None:
-        with _disk_errors(self.partial):
-            self._writer.write_header_to_file()
-            self._writer.write_kv_data_to_file()
-            self._writer.write_ti_data_to_file()
-            self._file.seek(0)
-            self._file.write(bytes(len(_MAGIC)))
-            self._file.seek(0, os.SEEK_END)
+    def _start_anew(self) -> None:
+        self._file = self.partial.open("w+b")
+        self._file.write(bytes(len(_MAGIC)) + self._header[len(_MAGIC) :])
+        self._file.flush()
 
-    @property
-    def _file(self) -> Any:
-        assert self._writer.fout is not None
-        return self._writer.fout[0]
+    def _go_on_after(self, finished: list[tuple[str, str]]) -> None:
+        last = self._tensors[len(finished) - 1]
+        self._file = self.partial.open("r+b")
+        self._file.write(bytes(len(_MAGIC)))  # a kill just before the end leaves it written
+        self._file.truncate(self._starts()[last.name] + last.n_bytes)
+        self._file.seek(0, os.SEEK_END)
+        self.n_kept = self._n_finished = len(finished)
 
-    def write(self, pieces: Iterable[NDArray[np.uint8]]) -> None:
+    def _finished(self) -> list[tuple[str, str]]:
+        """The first tensors of the partial file, as far as the journal vouches for their bytes: (name, SHA-256)."""
+        if not self.partial.is_file():
+            return []
+        starts, whole = self._starts(), []
+        with self.partial.open("rb") as file:
+            if file.read(len(self._header))[len(_MAGIC) :] != self._header[len(_MAGIC) :]:
+                return []
+            for tensor, (name, digest) in zip(self._tensors, self._journal.read(), strict=False):
+                if name != tensor.name or digest_of(file, starts[name], tensor.n_bytes) != digest:
+                    break
+                whole.append((name, digest))
+        return whole
+
+    def _starts(self) -> dict[str, int]:
+        """Where each tensor's bytes begin in the file."""
+        position, starts = _padded(len(self._header)), {}
+        for tensor in self._tensors:
+            starts[tensor.name] = position
+            position = _padded(position + tensor.n_bytes)
+        return starts
+
+    def write(self, tensor: PlannedTensor, pieces: Iterable[NDArray[np.uint8]]) -> None:
         """The next tensor's bytes, in the order of the plan, as one array or several that follow one another."""
+        digest = hashlib.sha256()
         with _disk_errors(self.partial):
             self._pad()
         for piece in pieces:
+            data = np.ascontiguousarray(piece).data
             with _disk_errors(self.partial):
-                self._file.write(np.ascontiguousarray(piece).data)
+                self._file.write(data)
+            digest.update(data)
+        with _disk_errors(self.partial):
+            self._file.flush()  # before the journal says that it is there
+            self._journal.add(tensor.name, digest.hexdigest())
+        self._n_finished += 1
 
     def _pad(self) -> None:
         position = self._file.tell()
-        self._file.write(bytes(GGUFWriter.ggml_pad(position, self._writer.data_alignment) - position))
+        self._file.write(bytes(_padded(position) - position))
 
     def finish(self) -> Path:
         """All bytes on disk and the magic in place: the partial file can now be opened and checked."""
@@ -103,7 +154,7 @@ class Writer:
             self._file.write(_MAGIC)
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._writer.close()
+            self._file.close()
         return self.partial
 
     def commit(self) -> None:
@@ -112,16 +163,50 @@ class Writer:
             os.replace(self.partial, self.out)
             _sync_folder(self.out.parent)
         self._committed = True
+        self._journal.remove()
 
-    def __exit__(self, *exc_info: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
+    ) -> None:
         if not self._committed:
-            self._discard()
+            self._leave(kind)
 
-    def _discard(self) -> None:
-        for file in self._writer.fout or ():
-            with suppress(OSError):  # a full disk fails again when the last buffer is flushed
-                file.close()
+    def _leave(self, kind: type[BaseException] | None) -> None:
+        with suppress(OSError):  # a full disk fails again when the last buffer is flushed
+            self._file.close()
+        if self._resume and self._n_finished and kind is not None and issubclass(kind, _RESUMABLE):
+            self._journal.close()
+            return
         self.partial.unlink(missing_ok=True)
+        self._journal.remove()
+
+
+def partial_path(out: Path) -> Path:
+    """Where `out` is written before it gets its name."""
+    return out.with_name(out.name + ".partial")
+
+
+def _header_bytes(arch: str, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> bytes:
+    """Everything before the tensor data, with the magic, without the padding."""
+    writer = GGUFWriter(None, arch)
+    for key, value in metadata.items():
+        if key != "general.architecture":  # GGUFWriter has written it
+            _add(writer, key, value)
+    for tensor in tensors:
+        ggml_type = GGMLQuantizationType(TYPE_IDS[tensor.type_name])
+        writer.add_tensor_info(
+            tensor.name, list(tensor.shape), np.dtype(np.float32), tensor.n_bytes, raw_dtype=ggml_type
+        )
+    header = io.BytesIO()
+    writer.fout, writer.state = [header], WriterState.EMPTY  # as if it had opened a file
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return header.getvalue()
+
+
+def _padded(n_bytes: int) -> int:
+    return int(GGUFWriter.ggml_pad(n_bytes, GGUF_DEFAULT_ALIGNMENT))
 
 
 @contextmanager

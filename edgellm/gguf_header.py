@@ -99,7 +99,7 @@ def read_header(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
     """
     path = Path(path)
     if path.suffix == ".partial" and not unfinished:
-        raise ModelFileError(f"{path} is what an interrupted conversion left; delete it and convert again")
+        raise ModelFileError(f"{path} is what an interrupted conversion left; convert again (--resume goes on with it)")
     try:
         n_bytes = path.stat().st_size
         if path.is_dir():

@@ -36,6 +36,9 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Number type of that folder: f32 (exact), bf16, f16.")] = "f32",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what an interrupted conversion had finished, and go on.")
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 = all cores.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -61,6 +64,7 @@ def convert(
                 types=overrides,
                 pre=pre,
                 force=force,
+                resume=resume,
                 n_threads=threads,
                 on_progress=on_progress,
             )

@@ -47,15 +47,15 @@ around(sys.modules["converters.convert"], "verify")
 if at == "within a tensor":
     import numpy, gguf
     write = Writer.write
-    def half(self, pieces):
+    def half(self, tensor, pieces):
         if self._file.tell() > 200_000:
             data = next(iter(pieces)).tobytes()
             self._file.write(data[: len(data) // 2])
             self._file.flush()
             die()
-        write(self, pieces)
+        write(self, tensor, pieces)
     Writer.write = half
-convert(source, out, quant="Q8_0", force=True, on_progress=at_tensor)
+convert(source, out, quant="Q8_0", force=True, resume=True, on_progress=at_tensor)
 """
 MOMENTS = [
     "before __enter__", "after __enter__", "tensor 0", "tensor 1", "tensor 7", "within a tensor", "tensor 15",
@@ -86,7 +86,7 @@ def test_killed(tiny_llama: Path, earlier: bytes, moment: str, tmp_path: Path) -
     out.write_bytes(earlier)
     assert convert_until(tiny_llama, out, moment).returncode == -signal.SIGKILL
     assert out.read_bytes() == earlier
-    assert {path.name for path in tmp_path.iterdir()} <= {"out.gguf", "out.gguf.partial"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"out.gguf", "out.gguf.partial", "out.gguf.partial.journal"}
     if partial.exists():
         assert_no_model(partial, whole=moment in WHOLE)
 
