@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from converters.architectures.arcee import ARCEE
 from converters.architectures.bert import BERT, NOMIC_BERT
 from converters.architectures.exaone4 import EXAONE4
 from converters.architectures.falcon_h1 import FALCON_H1
@@ -33,7 +34,7 @@ ARCHITECTURES: tuple[Arch, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3, PHI3, GPT2, STARCODER2,
     STABLELM, OLMO2, OLMOE, GRANITE, GRANITE_MOE, GLM4, EXAONE4,
     LFM2, LFM2_MOE, MINISTRAL3, GPT_OSS, FALCON_H1, QWEN35, MINICPM,
-    EMBEDDING_GEMMA, GEMMA4, BERT, NOMIC_BERT,
+    EMBEDDING_GEMMA, GEMMA4, BERT, NOMIC_BERT, ARCEE,
 )  # fmt: skip
 
 

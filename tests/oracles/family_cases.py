@@ -342,3 +342,6 @@ _add("gemma4", _C, "per-layer inputs, 2 blocks sharing keys, wide feed-forward, 
      final_logit_softcapping=30.0)  # fmt: skip
 _add("gemma4", _C, "values that are keys, one key-value head in full attention", _G, **_E,
      hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1)  # fmt: skip
+_C = "ArceeConfig ArceeForCausalLM"
+_add("arcee", _C, "untied, yarn, grouped heads", rope_parameters=_YARN, head_dim=32)
+_add("arcee", _C, "tied, llama3 rope", **_TIED, rope_parameters=_LLAMA3, head_dim=32, num_key_value_heads=4)
