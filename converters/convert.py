@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.adapters.gguf_base import merge_into_gguf
+from converters.adapters.merge import merge_adapters
+from converters.adapters.read import read_adapter
 from converters.architectures.spec import Array, Sizes
 from converters.plan import Plan, PlannedTensor, make_plan
 from converters.quantize.types import TYPE_IDS, WEIGHT_TYPES, find_file_type
@@ -27,16 +30,19 @@ from edgellm.native.ggml import quantize_rows
 # (tensor name, bytes written so far, bytes in all)
 OnProgress = Callable[[str, int, int], None]
 Overrides = Sequence[tuple[str, str]]
+AdapterArgument = str | Path | tuple[str | Path, float]  # a folder, or a folder and how much of it
 _F16_MAX = 65504.0
 
 
-def plan(source: str | Path, *, quant: str = "Q4_K_M", types: Overrides = ()) -> Plan:
+def plan(
+    source: str | Path, *, quant: str = "Q4_K_M", types: Overrides = (), adapters: Sequence[AdapterArgument] = ()
+) -> Plan:
     """What `convert` would write, from headers alone.
 
     quant: a recipe's name. types: (regular expression, type) pairs that overrule it for the tensors they match.
     ValueError for unknown names; CheckpointError and its kin for a checkpoint that can't be converted.
     """
-    return _plan(open_source(source), quant, types)
+    return _plan(_open(source, adapters, None), quant, types)
 
 
 def convert(
@@ -46,6 +52,7 @@ def convert(
     quant: str = "Q4_K_M",
     types: Overrides = (),
     pre: str | None = None,
+    adapters: Sequence[AdapterArgument] = (),
     force: bool = False,
     resume: bool = False,
     n_threads: int = 0,
@@ -54,21 +61,27 @@ def convert(
     """Convert a checkpoint folder or a GGUF to a quantized GGUF at `out`, checked before it gets that name.
 
     pre overrides the identification of the pre-tokenizer. force replaces an existing file. n_threads 0 = all cores.
+    adapters: folders of adapters to merge first, each alone or with a weight (folder, 0.5).
     resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
     what this one finishes if it is interrupted in turn.
     Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
     """
     started = time.perf_counter()
     out = Path(out)
-    opened = open_source(source)
+    opened = _open(source, adapters, pre)
     planned = _plan(opened, quant, types)
     check_output(out, planned.n_bytes, force)
     metadata, notes = _metadata(opened, planned, pre)
-    with Writer(out, planned.architecture, metadata, planned.tensors, inputs=[opened.path], resume=resume) as writer:
+    inputs = [opened.path, *(folder for folder, _ in map(_folder_and_weight, adapters))]
+    settings = " ".join(str(weight) for _, weight in map(_folder_and_weight, adapters))
+    with Writer(
+        out, planned.architecture, metadata, planned.tensors, inputs=inputs, settings=settings, resume=resume
+    ) as writer:
         _write_tensors(writer, planned, n_threads, on_progress)
         partial = writer.finish()
         converted = time.perf_counter()
-        reference = reference_encoder(opened.path) if opened.path.is_dir() else None
+        folder = opened.tokenizer_folder
+        reference = reference_encoder(folder) if folder.is_dir() else None
         checks = verify(partial, planned, metadata, reference)
         writer.commit()
     return Receipt(
@@ -93,6 +106,19 @@ def _resumed(n_kept: int, n_tensors: int, resume: bool) -> list[str]:
     if n_kept:
         return [f"resumed: {n_kept} of {n_tensors} tensors were written before the interruption, and checked"]
     return ["nothing to resume: converted from the start"] if resume else []
+
+
+def _open(source: str | Path, adapters: Sequence[AdapterArgument], pre: str | None) -> Source:
+    opened = open_source(source)
+    if not adapters:
+        return opened
+    found = [read_adapter(folder, weight) for folder, weight in map(_folder_and_weight, adapters)]
+    return merge_into_gguf(opened, found, pre) if opened.kind == "gguf" else merge_adapters(opened, found)
+
+
+def _folder_and_weight(adapter: AdapterArgument) -> tuple[Path, float]:
+    folder, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    return Path(folder), weight
 
 
 def _plan(source: Source, quant: str, types: Overrides) -> Plan:
@@ -122,7 +148,7 @@ def _metadata(source: Source, planned: Plan, pre: str | None) -> tuple[dict[str,
     }
     if source.kind == "gguf":
         return {**general, **planned.metadata}, ()
-    vocabulary = fit(read_vocabulary(source.path, source.config, pre), planned.sizes["n_vocab"])
+    vocabulary = fit(read_vocabulary(source.tokenizer_folder, source.config, pre), planned.sizes["n_vocab"])
     notes = list(vocabulary.notes)
     if "default" not in vocabulary.templates:
         notes.append("the checkpoint has no chat template: a chat model will answer badly without one")

@@ -16,14 +16,14 @@ _READ_BYTES = 1 << 22
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def job_id(header: bytes, inputs: Sequence[Path], version: str) -> str:
+def job_id(header: bytes, inputs: Sequence[Path], settings: str) -> str:
     """Identifies what is written from what: two jobs with the same id write the same bytes.
 
     header: the output's, so every setting that shows in it counts. inputs: the weights' files or folders; a file is
     the same while its size and time of change are.
     """
     digest = hashlib.sha256(header)
-    digest.update(version.encode())
+    digest.update(settings.encode())
     for path in inputs:
         for file in _weight_files(path):
             stat = file.stat()

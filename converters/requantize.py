@@ -45,7 +45,7 @@ def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tupl
     metadata = {key: value for key, value in source.metadata.items() if not key.startswith(_REPLACED)}
     quantized = sorted({tensor.dtype for tensor in source.tensors.values()} - set(_LOSSLESS))
     notes = (f"the source is already quantized ({', '.join(quantized)}): its losses stay",) if quantized else ()
-    return Plan(arch, file_type, metadata, tensors, {}, notes, source.n_bytes)
+    return Plan(arch, file_type, metadata, tensors, {}, (*notes, *source.notes), source.n_bytes)
 
 
 def _model_shape(arch: str, source: Source) -> ModelShape:

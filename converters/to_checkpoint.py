@@ -61,7 +61,7 @@ def to_checkpoint(
     config = gguf_config(arch, source, dtype)
     usual = arch.complete_config(config)
     sizes = arch.sizes(usual)
-    tensors = _out_tensors(arch, usual, sizes, source)
+    tensors = out_tensors(arch, usual, sizes, source)
     vocabulary = vocabulary_from_metadata(source.metadata)
     tokenizer = build_tokenizer_json(vocabulary)
     n_bytes = sum(prod(tensor.shape) for tensor in tensors) * DTYPES[dtype][2]
@@ -125,7 +125,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _out_tensors(arch: Arch, config: Config, sizes: Sizes, source: Source) -> list[OutTensor]:
+def out_tensors(arch: Arch, config: Config, sizes: Sizes, source: Source) -> list[OutTensor]:
     """Every tensor of the checkpoint; CheckpointError where the GGUF has too few or too many."""
     made_of: dict[str, list[tuple[SourceTensor, Weight]]] = {}
     used = set(arch.tensors(config, sizes)) | _ROPE_TENSORS  # made from the config

@@ -54,9 +54,10 @@ def check_output(out: Path, n_bytes: int, force: bool) -> None:
 class Writer:
     """A GGUF in the making; use as a context manager. Without `commit` nothing remains, except what `resume` keeps.
 
-    inputs: the files or folders the tensors are made of. With `resume`, the tensors that an interrupted conversion of
-    the same inputs to the same header had finished are kept: `n_kept` says how many of the first ones, and they
-    aren't to be written again. What is finished then also outlives an error or Ctrl-C, for the next attempt.
+    inputs: the files or folders the tensors are made of; settings: what else decides on them. With `resume`, the
+    tensors that an interrupted conversion of the same inputs to the same header had finished are kept: `n_kept` says
+    how many of the first ones, and they aren't to be written again. What is finished then also outlives an error or
+    Ctrl-C, for the next attempt.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Writer:
         tensors: Sequence[PlannedTensor],
         *,
         inputs: Sequence[Path] = (),
+        settings: str = "",
         resume: bool = False,
     ) -> None:
         self.out = out
@@ -74,7 +76,9 @@ class Writer:
         self.n_kept = 0
         self._header = _header_bytes(arch, metadata, tensors)
         self._tensors = tensors
-        self._journal = Journal(Path(f"{self.partial}.journal"), job_id(self._header, inputs, __version__))
+        self._journal = Journal(
+            Path(f"{self.partial}.journal"), job_id(self._header, inputs, f"{__version__} {settings}")
+        )
         self._resume, self._committed, self._n_finished = resume, False, 0
         self._file: BinaryIO = io.BytesIO()  # until __enter__ opens the real one
 

@@ -43,6 +43,11 @@ class Source:
     tensors: Mapping[str, SourceTensor]
     metadata: Mapping[str, Any] = field(default_factory=dict)  # of a GGUF
     notes: tuple[str, ...] = ()  # what the receipt should say about it
+    tokenizer: Path | None = None  # where its tokenizer is, if that is another folder (an adapter's)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.tokenizer or self.path
 
     @property
     def n_bytes(self) -> int:

@@ -39,6 +39,14 @@ def _read(folder: Path, config: Mapping[str, Any], pre: str | None) -> Vocabular
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer of any kind."""
+    if not folder.is_dir():
+        return False
+    names = ("tokenizer.json", "tekken.json")
+    return any((folder / name).is_file() for name in names) or sentencepiece_file(folder) is not None
+
+
 def sentencepiece_file(folder: Path) -> Path | None:
     """The folder's SentencePiece model: tokenizer.model, or Mistral's tokenizer.model.v3 and the like."""
     versions = sorted(folder.glob("tokenizer.model.v*"))

@@ -29,6 +29,10 @@ def convert(
     pre: Annotated[
         str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if it isn't recognized.")
     ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="DIR[:WEIGHT]", help="Adapter (LoRA …) to merge first; repeatable."),
+    ] = None,
     to_checkpoint: Annotated[
         Path | None,
         typer.Option("--to-checkpoint", metavar="DIR", help="Write the GGUF as a checkpoint folder instead."),
@@ -51,8 +55,9 @@ def convert(
             _print_folder(to_checkpoint, as_json)
             return
         overrides = [_override(text) for text in types or ()]
+        merged = [_adapter(text) for text in adapters or ()]
         if dry_run:
-            planned = converters.plan(source, quant=quant, types=overrides)
+            planned = converters.plan(source, quant=quant, types=overrides, adapters=merged)
             print_plan(planned, as_json)
             return
         target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
@@ -63,6 +68,7 @@ def convert(
                 quant=quant,
                 types=overrides,
                 pre=pre,
+                adapters=merged,
                 force=force,
                 resume=resume,
                 n_threads=threads,
@@ -85,6 +91,17 @@ def _override(text: str) -> tuple[str, str]:
     if not sign or not pattern:
         raise ValueError(f"--type takes REGEX=TYPE, not {text!r}")
     return pattern, type_name
+
+
+def _adapter(text: str) -> tuple[Path, float]:
+    """DIR or DIR:WEIGHT; a folder of that very name is never taken apart."""
+    folder, sign, weight = text.rpartition(":")
+    if not sign or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        return Path(text), 1.0
 
 
 @contextmanager
