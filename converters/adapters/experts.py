@@ -86,7 +86,8 @@ def _stacked(adapter: Adapter, path: str, parameter: str, parts: Parts, targets:
             weights[k] += (left @ right).T if inputs_first else left @ right
         return weights
 
-    return Change("LoRA", (shape[0], n_in, n_out) if inputs_first else (shape[0], n_out, n_in), apply)
+    expected = (shape[0], n_in, n_out) if inputs_first else (shape[0], n_out, n_in)
+    return Change("LoRA", expected, apply, expert_factors=factors)
 
 
 def _one_by_one(

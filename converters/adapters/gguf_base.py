@@ -21,6 +21,7 @@ from converters.sources import Source, SourceTensor
 from converters.to_checkpoint import out_tensors
 from converters.tokenizers.read import has_tokenizer, read_vocabulary
 from converters.tokenizers.vocabulary import fit, vocabulary_from_metadata, vocabulary_metadata
+from edgellm.errors import AdapterError
 
 
 def as_checkpoint(source: Source) -> Source:
@@ -55,6 +56,11 @@ def merge_into_gguf(source: Source, adapters: Sequence[Adapter], pre: str | None
             names, name = hf_names(weight, i, sizes), gguf_name(weight, i)
             if any(n not in merged.tensors or merged.tensors[n] is view.tensors.get(n) for n in names):
                 continue
+            if any(op.name.startswith("scale(") for op in weight.ops):
+                raise AdapterError(
+                    f"{source.path} has {name} multiplied by factors that a {arch.name} GGUF doesn't tell; "
+                    "merge the adapter into the checkpoint it was trained on instead"
+                )
             if name in source.tensors or weight.tied:
                 dtype = source.tensors[name].dtype if name in source.tensors else "F32"
                 tensors[name] = _forward(name, dtype, [merged.tensors[n] for n in names], weight, sizes)

@@ -27,7 +27,8 @@ class Change:
 
     apply(weights, base, start): `weights` are rows start, start + 1 … as the changes so far left them, and may be
     overwritten; `base` the same rows before any change. shape: what the tensor must have; None = anything.
-    factors: the change as a low-rank product, where it is one exactly. whole: it needs all rows at once.
+    factors: the change as a low-rank product, where it is one exactly; expert_factors: that of each expert.
+    whole: it needs all rows at once.
     new_shape: where it isn't the old one (a vocabulary that grew). needs_base: `weights` alone don't do.
     replaces: what later changes of the same adapter take for the base.
     """
@@ -40,6 +41,7 @@ class Change:
     new_shape: tuple[int, ...] | None = None
     needs_base: bool = False
     replaces: bool = False
+    expert_factors: Callable[[int], Factors] | None = None
 
 
 def weight_changes(adapter: Adapter, module: str, parts: Parts, shape: tuple[int, ...]) -> list[Change]:

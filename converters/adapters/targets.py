@@ -39,7 +39,10 @@ class Targets:
 
     def get(self, name: str) -> str | None:
         """The stored name of a tensor as the adapter calls it, or None."""
-        return self.by_name.get(plain_name(name))
+        found = self.by_name.get(plain_name(name))
+        for in_model, in_checkpoint in () if found else self.arch.module_names:
+            found = found or self.by_name.get(plain_name(name.replace(in_model, in_checkpoint)))
+        return found
 
     def find(self, name: str, adapter: Adapter) -> str:
         found = self.get(name)

@@ -69,4 +69,6 @@ GRANITE_MOE = replace(
         Weight(f"{BLOCK}block_sparse_moe.output_linear.weight", "blk.{i}.ffn_down_exps.weight",
                ("n_expert", "n_embd", "n_ff_exp")),
     ),
+    module_names=(("experts.gate_up_proj", "input_linear.weight"), ("experts.down_proj", "output_linear.weight"),
+                  ("moe.router.weight", "moe.router.layer.weight")),
 )  # fmt: skip

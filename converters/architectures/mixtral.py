@@ -26,4 +26,5 @@ MIXTRAL = replace(
         *linear(f"{_HF}gate", "ffn_gate_inp", "n_expert", "n_embd"),
         *experts(f"{_HF}experts.{{e}}.", gate="w1", up="w3", down="w2"),
     ),
+    module_names=((".mlp.", f".{_HF}"),),
 )

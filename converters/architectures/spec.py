@@ -82,7 +82,8 @@ class Arch:
     metadata that isn't one field's value; tensors gives tensors computed from the config; config_from is extra's
     inverse. rope: the scalings that llama.cpp's graph computes, none for a model without rope. head: whether a tied
     model's head is left out, must be written again ("copy"), or can only be tied.
-    renames: (prefix, replacement) for other ways the same tensors are called. ignored: regular expressions of
+    renames: (prefix, replacement) for other ways the same tensors are called. module_names: (part of a name in
+    transformers' model, what stands for it in the checkpoint), where adapters say the former. ignored: regular expressions of
     tensors that carry nothing.
     """
 
@@ -103,6 +104,7 @@ class Arch:
     config_from: Callable[[Mapping[str, Any], Sizes], dict[str, Any]] = lambda metadata, sizes: {}
     head: Literal["omit", "copy", "tied only"] = "omit"
     renames: tuple[tuple[str, str], ...] = ()
+    module_names: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # this family's name of a field → the usual one
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -37,6 +38,9 @@ def convert(
         Path | None,
         typer.Option("--to-checkpoint", metavar="DIR", help="Write the GGUF as a checkpoint folder instead."),
     ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Number type of that folder: f32 (exact), bf16, f16.")] = "f32",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan, write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
@@ -56,6 +60,9 @@ def convert(
             return
         overrides = [_override(text) for text in types or ()]
         merged = [_adapter(text) for text in adapters or ()]
+        if adapter_only:
+            _export_adapter(source, merged, out, force, as_json)
+            return
         if dry_run:
             planned = converters.plan(source, quant=quant, types=overrides, adapters=merged)
             print_plan(planned, as_json)
@@ -77,6 +84,23 @@ def convert(
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
     print_receipt(receipt, as_json)
+
+
+def _export_adapter(
+    base: Path, adapters: list[tuple[Path, float]], out: Path | None, force: bool, as_json: bool
+) -> None:
+    if not adapters:
+        raise ValueError("--adapter-only takes one --adapter DIR or more")
+    target = out or Path(f"{adapters[0][0].resolve().name}-lora.gguf")
+    receipt = load_converters().export_adapter(base, adapters, target, force=force)
+    if as_json:
+        typer.echo(json.dumps(asdict(receipt), ensure_ascii=False))
+        return
+    typer.echo(
+        f"{receipt.output}  {size(receipt.output_bytes)}\n  adapter   {', '.join(receipt.methods)} for "
+        f"{receipt.n_tensors} tensors of a {receipt.architecture} model, rank up to {receipt.rank}\n"
+        f"  use       edgellm chat MODEL.gguf --lora {receipt.output}"
+    )
 
 
 def load_converters() -> ModuleType:

@@ -61,8 +61,10 @@ def llama_quantize(
 
 
 @contextmanager
-def context(path: Path, n_ctx: int, n_sequences: int = 1) -> Iterator[tuple[Any, int]]:
-    """A float32 context for batches of up to n_ctx tokens, and the size of the vocabulary."""
+def context(
+    path: Path, n_ctx: int, n_sequences: int = 1, lora: Sequence[tuple[Path, float]] = ()
+) -> Iterator[tuple[Any, int]]:
+    """A float32 context for batches of up to n_ctx tokens, and the size of the vocabulary. lora: adapters, scales."""
     api.llama_log_set(_quiet, ctypes.c_void_p(0))
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 0
@@ -78,6 +80,11 @@ def context(path: Path, n_ctx: int, n_sequences: int = 1) -> Iterator[tuple[Any,
     params.flash_attn_type = 0
     made = api.llama_init_from_model(model, params)
     assert made
+    adapters = [api.llama_adapter_lora_init(model, str(adapter).encode()) for adapter, _ in lora]
+    assert all(adapters)
+    pointers = (api.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+    scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in lora))
+    assert api.llama_set_adapters_lora(made, pointers, len(adapters), scales) == 0
     try:
         yield made, api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     finally:
@@ -98,9 +105,9 @@ def _decode(context: Any, n_vocab: int, rows: Sequence[tuple[int, int, int]]) ->
     return np.stack(logits)
 
 
-def llama_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
+def llama_logits(path: Path, tokens: list[int], lora: Sequence[tuple[Path, float]] = ()) -> NDArray[np.float32]:
     """llama.cpp's logits for every position, float32 (n_tokens, n_vocab)."""
-    with context(path, max(len(tokens), 32)) as (made, n_vocab):
+    with context(path, max(len(tokens), 32), lora=lora) as (made, n_vocab):
         return _decode(made, n_vocab, [(token, i, 0) for i, token in enumerate(tokens)])
 
 
