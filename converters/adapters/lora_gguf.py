@@ -30,7 +30,8 @@ from edgellm.gguf_header import read_header
 
 # what llama.cpp's graphs look up or multiply without asking for adapters
 _WITHOUT_LORA = re.compile(
-    r"(per_layer_model_proj|per_layer_token_embd|position_embd|token_types)\.weight|.*conv1?d?\..*"
+    r"(per_layer_model_proj|per_layer_token_embd|position_embd|token_types|blk\.\d+\.(shortconv\.conv|ssm_conv1d))"
+    r"\.weight"
 )
 
 

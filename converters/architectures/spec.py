@@ -83,8 +83,8 @@ class Arch:
     inverse. rope: the scalings that llama.cpp's graph computes, none for a model without rope. head: whether a tied
     model's head is left out, must be written again ("copy"), or can only be tied.
     renames: (prefix, replacement) for other ways the same tensors are called. module_names: (part of a name in
-    transformers' model, what stands for it in the checkpoint), where adapters say the former. ignored: regular expressions of
-    tensors that carry nothing.
+    transformers' model, what stands for it in the checkpoint), where adapters say the former. ignored: regular
+    expressions of tensors that carry nothing.
     """
 
     name: str  # general.architecture
