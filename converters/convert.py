@@ -53,6 +53,7 @@ def convert(
     types: Overrides = (),
     pre: str | None = None,
     adapters: Sequence[AdapterArgument] = (),
+    merge_base: str | None = None,
     force: bool = False,
     resume: bool = False,
     n_threads: int = 0,
@@ -61,19 +62,20 @@ def convert(
     """Convert a checkpoint folder or a GGUF to a quantized GGUF at `out`, checked before it gets that name.
 
     pre overrides the identification of the pre-tokenizer. force replaces an existing file. n_threads 0 = all cores.
-    adapters: folders of adapters to merge first, each alone or with a weight (folder, 0.5).
+    adapters: folders of adapters to merge first, each alone or with a weight (folder, 0.5). merge_base: "fp16" or
+    "dequant", see `merge_adapters`.
     resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
     what this one finishes if it is interrupted in turn.
     Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
     """
     started = time.perf_counter()
     out = Path(out)
-    opened = _open(source, adapters, pre)
+    opened = _open(source, adapters, pre, merge_base)
     planned = _plan(opened, quant, types)
     check_output(out, planned.n_bytes, force)
     metadata, notes = _metadata(opened, planned, pre)
     inputs = [opened.path, *(folder for folder, _ in map(_folder_and_weight, adapters))]
-    settings = " ".join(str(weight) for _, weight in map(_folder_and_weight, adapters))
+    settings = " ".join([str(merge_base), *(str(weight) for _, weight in map(_folder_and_weight, adapters))])
     with Writer(
         out, planned.architecture, metadata, planned.tensors, inputs=inputs, settings=settings, resume=resume
     ) as writer:
@@ -108,12 +110,20 @@ def _resumed(n_kept: int, n_tensors: int, resume: bool) -> list[str]:
     return ["nothing to resume: converted from the start"] if resume else []
 
 
-def _open(source: str | Path, adapters: Sequence[AdapterArgument], pre: str | None) -> Source:
+def _open(
+    source: str | Path, adapters: Sequence[AdapterArgument], pre: str | None, merge_base: str | None = None
+) -> Source:
+    if merge_base not in (None, "fp16", "dequant"):
+        raise ValueError(f"unknown merge base {merge_base!r}; choose fp16 or dequant")
+    if merge_base and not adapters:
+        raise ValueError("a merge base is chosen for adapters; give one or more")
     opened = open_source(source)
     if not adapters:
         return opened
     found = [read_adapter(folder, weight) for folder, weight in map(_folder_and_weight, adapters)]
-    return merge_into_gguf(opened, found, pre) if opened.kind == "gguf" else merge_adapters(opened, found)
+    if opened.kind == "gguf":
+        return merge_into_gguf(opened, found, pre, merge_base)
+    return merge_adapters(opened, found, merge_base)
 
 
 def _folder_and_weight(adapter: AdapterArgument) -> tuple[Path, float]:

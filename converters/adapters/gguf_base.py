@@ -43,10 +43,12 @@ def _read_part(read: Callable[[], Array], k: int = 0, n: int = 1) -> Array:
     return whole if n == 1 else np.split(whole, n)[k]
 
 
-def merge_into_gguf(source: Source, adapters: Sequence[Adapter], pre: str | None = None) -> Source:
+def merge_into_gguf(
+    source: Source, adapters: Sequence[Adapter], pre: str | None = None, merge_base: str | None = None
+) -> Source:
     """The GGUF with the adapters in it. Errors as of `merge_adapters`, and those of an unknown architecture."""
     view = as_checkpoint(source)
-    merged = merge_adapters(view, adapters)
+    merged = merge_adapters(view, adapters, merge_base)
     arch = find_gguf_architecture(source.metadata)
     config = arch.complete_config(merged.config)
     sizes = arch.sizes(config)

@@ -14,6 +14,7 @@ import numpy as np
 
 from converters.adapters.experts import expert_changes
 from converters.adapters.methods import Change, bias_changes, ia3_bias, weight_changes
+from converters.adapters.nf4 import quantized_names, round_base, rounding_difference
 from converters.adapters.read import Adapter, Parts
 from converters.adapters.refuse import check_adapter, check_base, check_finite
 from converters.adapters.targets import Targets, find_targets
@@ -26,8 +27,12 @@ from edgellm.errors import AdapterError
 Changes = dict[str, list[Change]]  # name of a stored tensor → what happens to it, in order
 
 
-def merge_adapters(source: Source, adapters: Sequence[Adapter]) -> Source:
-    """The checkpoint with all adapters in it, in the order given; AdapterError for one that doesn't belong to it."""
+def merge_adapters(source: Source, adapters: Sequence[Adapter], merge_base: str | None = None) -> Source:
+    """The checkpoint with all adapters in it, in the order given; AdapterError for one that doesn't belong to it.
+
+    merge_base: for adapters trained with QLoRA, "fp16" (the base as it is) or "dequant" (the base as training saw it,
+    rounded to 4 bits); the difference is noted for either.
+    """
     targets = find_targets(source)
     for adapter in adapters:
         check_adapter(adapter)
@@ -36,6 +41,9 @@ def merge_adapters(source: Source, adapters: Sequence[Adapter]) -> Source:
     changes, notes, untied = find_changes(targets, adapters)
     tensors = dict(targets.tensors)
     config = dict(source.config)
+    if merge_base is not None:
+        tensors, note = _choose_base(targets, merge_base)
+        notes.append(note)
     if untied:
         tensors[targets.head] = replace(tensors[targets.embedding], name=targets.head)
         config = _with(config, "tie_word_embeddings", False)
@@ -50,6 +58,17 @@ def merge_adapters(source: Source, adapters: Sequence[Adapter]) -> Source:
     if tokenizer:
         notes.append(f"tokenizer and chat template are those beside the adapter {tokenizer.name}")
     return replace(source, config=config, tensors=tensors, notes=(*source.notes, *notes), tokenizer=tokenizer)
+
+
+def _choose_base(targets: Targets, merge_base: str) -> tuple[dict[str, SourceTensor], str]:
+    source, names = targets.source, quantized_names(targets)
+    if source.config.get("quantization_config"):
+        raise AdapterError(f"{source.path} is quantized itself: --merge-base takes the unquantized base")
+    difference = f"NF4, on which QLoRA trains, differs from it by {100 * rounding_difference(targets, names):.1f} %"
+    if merge_base == "fp16":
+        return dict(targets.tensors), f"merged into the base as it is; {difference} (root mean square)"
+    rounded = round_base(targets.tensors, names)
+    return rounded, f"merged into the base rounded to NF4, {len(names)} tensors; {difference} (root mean square)"
 
 
 def find_changes(targets: Targets, adapters: Sequence[Adapter]) -> tuple[Changes, list[str], bool]:

@@ -38,6 +38,10 @@ def convert(
         Path | None,
         typer.Option("--to-checkpoint", metavar="DIR", help="Write the GGUF as a checkpoint folder instead."),
     ] = None,
+    merge_base: Annotated[
+        str | None,
+        typer.Option("--merge-base", help="For QLoRA: merge into the base as it is (fp16), or as trained (dequant)."),
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
     ] = False,
@@ -76,6 +80,7 @@ def convert(
                 types=overrides,
                 pre=pre,
                 adapters=merged,
+                merge_base=merge_base,
                 force=force,
                 resume=resume,
                 n_threads=threads,
