@@ -20,6 +20,7 @@ from converters.adapters.methods import Change, Factors
 from converters.adapters.pairs import through_ops
 from converters.adapters.read import Adapter, read_adapter
 from converters.adapters.refuse import check_adapter, check_base, check_finite
+from converters.adapters.svd import DEFAULT_RANK, Approximation, approximate
 from converters.adapters.targets import Targets, find_targets
 from converters.architectures.spec import Array, Weight, blocks, gguf_name, hf_names
 from converters.plan import PlannedTensor
@@ -45,15 +46,21 @@ class AdapterReceipt:
     n_tensors: int
     rank: int
     output_bytes: int
-    notes: tuple[str, ...] = ()
+    approximation: Approximation | None = None  # where not all of it is exact
 
 
 def export_adapter(
-    base: str | Path, adapters: Sequence[tuple[str | Path, float]], out: str | Path, *, force: bool = False
+    base: str | Path,
+    adapters: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    rank: int = DEFAULT_RANK,
+    force: bool = False,
 ) -> AdapterReceipt:
     """Write adapters of `base` (a checkpoint folder or a GGUF) as one GGUF LoRA; several become one, exactly.
 
-    Raises AdapterError for an adapter that isn't a sum of low-rank products, and what opening the base raises.
+    What is no low-rank product (DoRA) is cut to `rank`, and the receipt says what that leaves of it.
+    Raises AdapterError for changes that no product of matrices makes, and what opening the base raises.
     """
     out = Path(out)
     source = open_source(base)
@@ -66,6 +73,8 @@ def export_adapter(
         check_finite(adapter)
     changes, _, _ = find_changes(targets, opened)
     _refuse_tied(changes, targets, opened)
+    methods = tuple(sorted({change.what for several in changes.values() for change in several}))
+    changes, approximation = approximate(changes, targets, rank)
     pairs = _gguf_pairs(changes, targets, opened)
     metadata = _metadata(targets, opened)
     tensors = [_planned(name, values) for name, values in pairs]
@@ -80,10 +89,11 @@ def export_adapter(
     return AdapterReceipt(
         output=str(out),
         architecture=targets.arch.name,
-        methods=tuple(sorted({change.what for several in changes.values() for change in several})),
+        methods=methods,
         n_tensors=len(pairs) // 2,
         rank=max(ranks, default=0),
         output_bytes=out.stat().st_size,
+        approximation=approximation,
     )
 
 

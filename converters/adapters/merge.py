@@ -50,7 +50,7 @@ def merge_adapters(source: Source, adapters: Sequence[Adapter], merge_base: str 
     elif targets.tied:
         del tensors[targets.head]
     for name, list_of_changes in changes.items():
-        tensors[name] = _merged(tensors[name], list_of_changes, name in targets.transposed)
+        tensors[name] = changed_tensor(tensors[name], list_of_changes, name in targets.transposed)
     n_vocab = tensors[targets.embedding].shape[0] if targets.embedding in tensors else 0
     if n_vocab and n_vocab != source.tensors.get(targets.embedding, tensors[targets.embedding]).shape[0]:
         config = _with(config, "vocab_size", n_vocab)
@@ -153,7 +153,8 @@ def _with_vera_inputs(adapter: Adapter, targets: Targets) -> Adapter:
     return needed_inputs(adapter, max(targets.linear_shape(targets.find(name, adapter))[-1] for name in names))
 
 
-def _merged(tensor: SourceTensor, changes: list[Change], transposed: bool) -> SourceTensor:
+def changed_tensor(tensor: SourceTensor, changes: list[Change], transposed: bool) -> SourceTensor:
+    """A stored tensor that is changed when it is read. transposed: it has inputs first."""
     shape = tensor.shape
     for change in changes:
         shape = change.new_shape or shape

@@ -42,6 +42,9 @@ def convert(
         str | None,
         typer.Option("--merge-base", help="For QLoRA: merge into the base as it is (fp16), or as trained (dequant)."),
     ] = None,
+    rank: Annotated[
+        int, typer.Option(min=1, help="With --adapter-only: rank for what is no low-rank product by itself (DoRA).")
+    ] = 64,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
     ] = False,
@@ -65,7 +68,7 @@ def convert(
         overrides = [_override(text) for text in types or ()]
         merged = [_adapter(text) for text in adapters or ()]
         if adapter_only:
-            _export_adapter(source, merged, out, force, as_json)
+            _export_adapter(source, merged, out, rank, force, as_json)
             return
         if dry_run:
             planned = converters.plan(source, quant=quant, types=overrides, adapters=merged)
@@ -92,18 +95,25 @@ def convert(
 
 
 def _export_adapter(
-    base: Path, adapters: list[tuple[Path, float]], out: Path | None, force: bool, as_json: bool
+    base: Path, adapters: list[tuple[Path, float]], out: Path | None, rank: int, force: bool, as_json: bool
 ) -> None:
     if not adapters:
         raise ValueError("--adapter-only takes one --adapter DIR or more")
     target = out or Path(f"{adapters[0][0].resolve().name}-lora.gguf")
-    receipt = load_converters().export_adapter(base, adapters, target, force=force)
+    receipt = load_converters().export_adapter(base, adapters, target, rank=rank, force=force)
     if as_json:
         typer.echo(json.dumps(asdict(receipt), ensure_ascii=False))
         return
+    cut = receipt.approximation
+    approximate = (
+        f"  note      {cut.n_tensors} tensors are no low-rank product: cut to rank {cut.rank}, which keeps "
+        f"{100 * cut.kept:.2f} % of the change\n"
+        if cut
+        else ""
+    )
     typer.echo(
         f"{receipt.output}  {size(receipt.output_bytes)}\n  adapter   {', '.join(receipt.methods)} for "
-        f"{receipt.n_tensors} tensors of a {receipt.architecture} model, rank up to {receipt.rank}\n"
+        f"{receipt.n_tensors} tensors of a {receipt.architecture} model, rank up to {receipt.rank}\n{approximate}"
         f"  use       edgellm chat MODEL.gguf --lora {receipt.output}"
     )
 
