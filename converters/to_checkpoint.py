@@ -29,6 +29,7 @@ from converters.architectures.spec import (
     stored_shape,
     weight_shape,
 )
+from converters.damage import blamed_on
 from converters.gguf_config import gguf_config
 from converters.safetensors_writer import DTYPES, OutTensor, write_shards
 from converters.sources import Source, SourceTensor
@@ -57,6 +58,13 @@ def to_checkpoint(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
     source, folder = open_gguf(Path(gguf)), Path(folder)
+    with blamed_on(source.path):
+        return _to_checkpoint(source, folder, dtype, force, on_progress)
+
+
+def _to_checkpoint(
+    source: Source, folder: Path, dtype: str, force: bool, on_progress: Callable[[str, int, int], None] | None
+) -> Path:
     arch = find_gguf_architecture(source.metadata)
     config = gguf_config(arch, source, dtype)
     usual = arch.complete_config(config)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.damage import blamed_on
 from converters.plan import Plan
 from converters.tokenizers.corpus import sample_texts
 from converters.tokenizers.differences import known_difference
@@ -72,7 +73,12 @@ def _compare_ids(texts: list[str], ids: list[list[int]], reference: Encode, meta
 
 
 def reference_encoder(folder: Path) -> Encode | None:
-    """The checkpoint's own tokenizer as a function, or None for a source without one."""
+    """The checkpoint's own tokenizer as a function, None for a source without one; TokenizerError if it is damaged."""
+    with blamed_on(folder, TokenizerError, foreign=True):
+        return _reference_encoder(folder)
+
+
+def _reference_encoder(folder: Path) -> Encode | None:
     if (folder / "tokenizer.json").is_file():
         return _tokenizers_encoder((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "tekken.json").is_file():

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import WriterState
 from numpy.typing import NDArray
 
@@ -235,6 +235,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+_UNSIGNED_ARRAYS = ("adapter.alora.invocation_tokens",)  # llama.cpp takes other integers elsewhere
+
+
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     """One metadata entry with the GGUF type that llama.cpp reads it as."""
     if isinstance(value, bool):
@@ -245,6 +248,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif value and key in _UNSIGNED_ARRAYS:
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32)
     elif value:
         writer.add_array(key, value)
 

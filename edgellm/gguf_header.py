@@ -58,6 +58,7 @@ GGML_TYPES: Mapping[int, tuple[str, int, int]] = {
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # of llama.cpp
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class GGUFHeader:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     n_bytes: int
+    kinds: dict[str, int]  # of each metadata entry: its GGUF value type
 
     @property
     def architecture(self) -> str:
@@ -120,16 +122,57 @@ def check_loadable(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
         raise ModelFileError(f"{header.path} has no general.architecture: it is no model file")
     if header.metadata.get("general.type", "model") not in ("model", "mmproj"):
         kind = header.metadata["general.type"]
-        raise ModelFileError(f"{header.path} holds a {kind}, not a model; give it the model it belongs to")
+        raise ModelFileError(f"{header.path} holds {_with_article(kind)}, not a model; give the model it belongs to")
     if not header.tensors:
         raise ModelFileError(f"{header.path} holds no weights (a vocabulary-only file); give it a whole model")
+    _check_numbers(header)
     _check_vocabulary(header)
     return header
+
+
+def _with_article(kind: object) -> str:
+    return f"an {kind} (it goes with --lora)" if kind == "adapter" else f"a {kind}"
+
+
+def _check_numbers(header: GGUFHeader) -> None:
+    """What llama.cpp asserts about a model's sizes (llama-model.cpp, load_hparams), and would abort on."""
+
+    def number(key: str) -> int:
+        value = header.metadata.get(f"{header.architecture}.{key}", 0)
+        value = max(value, default=0) if isinstance(value, list) else value
+        return value if isinstance(value, int) else 0
+
+    n_layer = header.metadata.get(f"{header.architecture}.block_count", 1)
+    n_expert, used, groups = number("expert_count"), number("expert_used_count"), number("expert_group_count")
+    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    conditions = {
+        "block_count": isinstance(n_layer, int) and 0 < n_layer <= _MAX_LAYERS,
+        "nextn_predict_layers": number("nextn_predict_layers") <= number("block_count"),
+        "expert_count": n_expert <= _MAX_EXPERTS,
+        "expert_used_count": (0 < used <= n_expert) if n_expert else used == 0,
+        "expert_group_count": groups < n_expert if n_expert else groups == 0,
+        "expert_group_used_count": groups < 2
+        or (n_expert % groups == 0 and 0 < number("expert_group_used_count") < groups),
+        "rope.scaling.type": scaling in ("none", "linear", "yarn", "longrope"),
+    }
+    for key, holds in conditions.items():
+        if not holds:
+            value = header.metadata.get(f"{header.architecture}.{key}")
+            raise ModelFileError(
+                f"{header.path} is damaged: {header.architecture}.{key} = {str(value)[:60]!r}; convert it again"
+            )
 
 
 def token_bytes(token: str) -> bytes:
     """The bytes of a vocabulary entry as they stand in the file (they needn't be valid UTF-8)."""
     return token.encode("utf-8", "surrogateescape")
+
+
+def _as_llama_cpp_reads(tokens: list[str]) -> list[str]:
+    """C strings end at a zero byte, and an empty token gets a name."""
+    if "" not in tokens and "\0" not in "".join(tokens):
+        return tokens
+    return [token.partition("\0")[0] or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
 
 
 def _check_vocabulary(header: GGUFHeader) -> None:
@@ -140,6 +183,7 @@ def _check_vocabulary(header: GGUFHeader) -> None:
     tokens = meta.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens[:1]):
         raise ModelFileError(f"{path}: the vocabulary (tokenizer.ggml.tokens) is missing; convert the model again")
+    tokens = _as_llama_cpp_reads(tokens)
     if len(set(tokens)) != len(tokens):
         seen: set[str] = set()
         twice = next(t for t in tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
@@ -174,17 +218,19 @@ class _Parser:
         if 13 * n_kv + 24 * n_tensors > self.n_bytes:
             raise self.bad(f"it announces {n_kv} metadata entries and {n_tensors} tensors, more than it can hold")
         metadata: dict[str, Any] = {}
+        kinds: dict[str, int] = {}
         for _ in range(n_kv):
             key = self.string()
             if key in metadata:
                 raise self.bad(f"metadata key {key!r} stands twice")
-            metadata[key] = self.value(self.scalar("I"))
+            kinds[key] = self.scalar("I")
+            metadata[key] = self.value(kinds[key])
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self.bad(f"general.alignment is {alignment!r}, not a power of two")
         infos = [self.tensor_info() for _ in range(n_tensors)]
         tensors = self.place(infos, (self.pos + alignment - 1) // alignment * alignment, alignment)
-        return GGUFHeader(self.path, version, metadata, tensors, self.n_bytes)
+        return GGUFHeader(self.path, version, metadata, tensors, self.n_bytes, kinds)
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dims = self.string(), self.scalar("I")

@@ -68,7 +68,7 @@ def read_adapter(path: str | Path, weight: float = 1.0) -> Adapter:
         raise AdapterError(f"the weight of adapter {path} is {weight}; give a number")
     try:
         config = _read_config(folder)
-        stored = _read_weights(folder)
+        stored = read_weights(folder)
     except AdapterError:
         raise
     except CheckpointError as exc:
@@ -90,7 +90,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / "adapter_config.json")
 
 
-def _read_weights(folder: Path) -> dict[str, SourceTensor]:
+def read_weights(folder: Path) -> dict[str, SourceTensor]:
+    """What is stored in an adapter folder, under the names it has there."""
     for name in ("adapter_model.safetensors", "adapters.safetensors"):
         if (folder / name).is_file():
             return read_tensors(folder / name)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.damage import blamed_on
 from edgellm.errors import CheckpointError
 
 
@@ -60,6 +61,11 @@ def open_source(path: str | Path) -> Source:
     CheckpointError or ModelFileError says what is wrong with it.
     """
     path = Path(path)
+    with blamed_on(path):
+        return _open(path)
+
+
+def _open(path: Path) -> Source:
     if not path.exists():
         raise CheckpointError(f"no such file or folder: {path}; check the path")
     if path.is_dir():

@@ -6,19 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.damage import blamed_on
 from converters.tokenizers.vocabulary import Vocabulary
-from edgellm.errors import EdgeLLMError, TokenizerError
+from edgellm.errors import TokenizerError
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], pre: str | None = None) -> Vocabulary:
     """tokenizer.json if there is one, else tekken.json, else tokenizer.model; TokenizerError where there is none."""
-    try:
+    with blamed_on(folder, TokenizerError):
         return _read(folder, config, pre)
-    except EdgeLLMError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as exc:
-        # what the files' readers don't check entry by entry: a table where a text belongs and the like
-        raise TokenizerError(f"the tokenizer in {folder} is damaged ({exc!r}); copy it again") from exc
 
 
 def _read(folder: Path, config: Mapping[str, Any], pre: str | None) -> Vocabulary:
