@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"errors", "config", "gguf_header"}
+BASE = {"errors", "config", "gguf_header", "gguf_adapter"}
 
 # part of edgellm → the parts it may import, besides itself
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "gguf_header": {"errors"},
+    "gguf_adapter": {"errors", "gguf_header"},
     "native": BASE,
     "text": BASE | {"native"},
     "generation": BASE | {"native", "text"},

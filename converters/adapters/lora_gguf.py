@@ -6,7 +6,6 @@ per-module alphas come out right, which one alpha for all can't say.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,13 @@ from converters.adapters.refuse import check_adapter, check_base, check_finite
 from converters.adapters.svd import DEFAULT_RANK, Approximation, approximate
 from converters.adapters.targets import Targets, find_targets
 from converters.architectures.spec import Array, Weight, blocks, gguf_name, hf_names
+from converters.damage import blamed_on
 from converters.plan import PlannedTensor
 from converters.sources import open_source
 from converters.writer import Writer, check_output
 from edgellm.errors import AdapterError
+from edgellm.gguf_adapter import WITHOUT_LORA
 from edgellm.gguf_header import read_header
-
-# what llama.cpp's graphs look up or multiply without asking for adapters
-_WITHOUT_LORA = re.compile(
-    r"(per_layer_model_proj|per_layer_token_embd|position_embd|token_types|blk\.\d+\.(shortconv\.conv|ssm_conv1d))"
-    r"\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,13 @@ def export_adapter(
     What is no low-rank product (DoRA) is cut to `rank`, and the receipt says what that leaves of it.
     Raises AdapterError for changes that no product of matrices makes, and what opening the base raises.
     """
-    out = Path(out)
+    with blamed_on(Path(adapters[0][0]), AdapterError):
+        return _export(base, adapters, Path(out), rank, force)
+
+
+def _export(
+    base: str | Path, adapters: Sequence[tuple[str | Path, float]], out: Path, rank: int, force: bool
+) -> AdapterReceipt:
     source = open_source(base)
     source = as_checkpoint(source) if source.kind == "gguf" else source
     targets = find_targets(source)
@@ -145,7 +146,7 @@ def _pair(
     targets: Targets,
     adapters: Sequence[Adapter],
 ) -> Iterable[tuple[str, Array]]:
-    if _WITHOUT_LORA.fullmatch(name):
+    if WITHOUT_LORA.fullmatch(name):
         raise AdapterError(
             f"{adapters[0].path} changes {name}, to which llama.cpp adds no adapter at run time; merge it instead "
             "(without --adapter-only)"

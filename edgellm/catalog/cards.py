@@ -53,6 +53,13 @@ def cards_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "models"
 
 
+def example_adapter() -> Path:
+    """The folder of the fine-tune that examples/fine_tune made of the default model, in either kind of copy."""
+    package = Path(__file__).parent.parent
+    installed = package / "examples" / "reminders"
+    return installed if installed.is_dir() else package.parent / "examples" / "fine_tune" / "adapter"
+
+
 def _read_card(path: Path) -> Card:
     with path.open("rb") as file:
         content = tomllib.load(file)

@@ -48,6 +48,7 @@ def chat(
     n_ctx: options.NCtx = DEFAULT_N_CTX,
     threads: options.Threads = 0,
     load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
+    lora: options.LoraFiles = None,
     history: Annotated[bool, typer.Option(help="Remember what you type for the next chat.")] = True,
 ) -> None:
     """Chat with a model, by default the one that `edgellm[demo]` brings along. Piped in, every line is a turn."""
@@ -61,7 +62,7 @@ def chat(
     }
     params = options.load_params(n_ctx, threads, load_mode)
     options.check_sampling(given)
-    with options.open_model(model, params) as loaded:
+    with options.open_model(model, params, lora) as loaded:
         from edgellm.chat.conversation import Conversation
 
         loaded.chat_tokens([{"role": "user", "content": "Hello"}])  # a model that can't chat says so before the banner

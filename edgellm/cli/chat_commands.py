@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from edgellm.chat.conversation import Conversation
 from edgellm.cli.chat import Session, answer, describe_stats
 from edgellm.cli.console import say
+from edgellm.cli.options import path_and_number
 from edgellm.config import SamplingParams
 
 
@@ -98,6 +100,19 @@ def _load(session: Session, argument: str) -> None:
     say(f"{len(session.conversation.messages)} messages loaded")
 
 
+def _lora(session: Session, argument: str) -> None:
+    """FILE[:SCALE] … adds adapters in place of those before; alone it shows them, "off" removes them"""
+    if argument:
+        try:
+            chosen = () if argument == "off" else tuple(map(path_and_number, shlex.split(argument)))
+        except ValueError as exc:  # a quotation mark without its partner
+            say(f"not changed: {str(exc).lower()}")
+            return
+        session.model.set_lora(*chosen)
+    in_use = [f"{path.name} × {scale:g}" for path, scale in session.model.lora]
+    say("adapters: " + ", ".join(in_use) if in_use else "no adapters")
+
+
 def _stats(session: Session, _: str) -> None:
     """figures of the last answer"""
     stats = session.last_stats
@@ -113,6 +128,7 @@ _COMMANDS: dict[str, Callable[[Session, str], None]] = {
     "regen": _regen,
     "save": _save,
     "load": _load,
+    "lora": _lora,
     "stats": _stats,
 }
 

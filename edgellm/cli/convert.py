@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgellm.cli.options import path_and_number
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -66,7 +68,7 @@ def convert(
             _print_folder(to_checkpoint, as_json)
             return
         overrides = [_override(text) for text in types or ()]
-        merged = [_adapter(text) for text in adapters or ()]
+        merged = [path_and_number(text) for text in adapters or ()]
         if adapter_only:
             _export_adapter(source, merged, out, rank, force, as_json)
             return
@@ -130,17 +132,6 @@ def _override(text: str) -> tuple[str, str]:
     if not sign or not pattern:
         raise ValueError(f"--type takes REGEX=TYPE, not {text!r}")
     return pattern, type_name
-
-
-def _adapter(text: str) -> tuple[Path, float]:
-    """DIR or DIR:WEIGHT; a folder of that very name is never taken apart."""
-    folder, sign, weight = text.rpartition(":")
-    if not sign or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(folder), float(weight)
-    except ValueError:
-        return Path(text), 1.0
 
 
 @contextmanager

@@ -27,6 +27,10 @@ Threads: TypeAlias = Annotated[int, typer.Option(help="CPU threads; 0 = all core
 LoadModeName: TypeAlias = Annotated[
     str, typer.Option("--load-mode", help="repack (fastest), mmap (least memory) or mlock (mmap, kept in memory).")
 ]
+LoraFiles: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:SCALE]", help="Add a GGUF LoRA (convert --adapter-only); may be repeated."),
+]
 
 DEFAULT_LOAD_MODE = "repack"
 
@@ -47,15 +51,27 @@ def sampling_params(path: Path, fallback: SamplingParams, given: dict[str, Any])
     return _replace_sampling(advised, given)
 
 
-def open_model(name: str | None, params: LoadParams) -> Model:
+def open_model(name: str | None, params: LoadParams, lora: list[str] | None = None) -> Model:
     """Load with a percentage on the terminal. Cancelled on Ctrl-C."""
     from edgellm.cli.console import percentage
     from edgellm.engine.model import load
 
     try:
-        return load(name, params, on_progress=percentage("loading"))
+        adapters = [path_and_number(text) for text in lora or ()]
+        return load(name, params, lora=adapters, on_progress=percentage("loading"))
     except KeyboardInterrupt:
         raise Cancelled("loading was cancelled") from None
+
+
+def path_and_number(text: str) -> tuple[Path, float]:
+    """PATH or PATH:NUMBER (1 where there is none); a path of that very name is never taken apart."""
+    path, sign, number = text.rpartition(":")
+    if not sign or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(number)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def check_sampling(given: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ def run(
     n_ctx: options.NCtx = DEFAULT_N_CTX,
     threads: options.Threads = 0,
     load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
+    lora: options.LoraFiles = None,
 ) -> None:
     """Print one answer and exit. The prompt is an argument, or piped in, or both."""
     if raw and system is not None:
@@ -53,7 +54,7 @@ def run(
     params = options.load_params(n_ctx, threads, load_mode)
     options.check_sampling(given)
     text = _whole_prompt(prompt)
-    with options.open_model(model, params) as loaded:
+    with options.open_model(model, params, lora) as loaded:
         sampling = options.sampling_params(loaded.path, SamplingParams(), given)
         stream = _open_stream(loaded, text, system, raw, sampling)
         try:

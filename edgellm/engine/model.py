@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm.catalog import cards
 from edgellm.config import LoadParams, SamplingParams
+from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
@@ -57,15 +58,24 @@ def load(
     path_or_name: str | Path | None = None,
     params: LoadParams | None = None,
     *,
+    lora: Sequence[Lora] = (),
     on_progress: Progress | None = None,
 ) -> Model:
     """Load a GGUF by its path, or a model by the name of its card; None = the model of `edgellm[demo]`.
 
+    lora: adapters to add to it, as for `Model.set_lora`.
     on_progress: called with the fraction loaded, 0 to 1; returning False cancels.
-    Errors: ModelFileError (no such file, damaged, unsupported), Cancelled, GenerationError (no memory for n_ctx).
+    Errors: ModelFileError (no such file, damaged, unsupported), AdapterError, Cancelled, GenerationError (no memory
+    for n_ctx).
     """
     path = path_or_name if isinstance(path_or_name, Path) else cards.resolve(path_or_name)
-    return Model(path, params or LoadParams(), on_progress=on_progress)
+    model = Model(path, params or LoadParams(), on_progress=on_progress)
+    try:
+        model.set_lora(*lora)
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 class Model:
@@ -76,6 +86,7 @@ class Model:
         self.path = path
         self.params = params
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
+        self._adapters = LoadedAdapters(header)
         self._native = NativeModel(
             path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
         )
@@ -211,6 +222,24 @@ class Model:
         norms = np.linalg.norm(matrix, axis=1, keepdims=True)
         return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
 
+    @property
+    def lora(self) -> tuple[tuple[Path, float], ...]:
+        """The adapters in use: (path, scale)."""
+        return tuple((adapter.file.path, scale) for adapter, scale in self._adapters.in_use)
+
+    def set_lora(self, *adapters: Lora) -> None:
+        """From the next call on, add these GGUF LoRAs to the weights, in place of those before; none = the plain model.
+
+        Each is a path or (path, scale); the weights aren't loaded again, what the context held is. Waits for a
+        running generation. Errors: AdapterError (no GGUF LoRA, made for another model), with all as it was before.
+        """
+        with self._turn_of(Ticket(None)), self._closing:
+            self._check_open()
+            if self._adapters.choose(self._native, adapters):
+                for context in self._contexts:
+                    context.use_adapters(self._adapters.in_use)
+                self._adapters.free_unused()
+
     def cancel(self) -> None:
         """Interrupt what this model is doing, from any thread, also in the middle of a prompt. Nothing = no effect."""
         with self._active_lock:
@@ -315,6 +344,7 @@ class Model:
             self._check_open()
             context = Context(self._native, params, n_outputs=n_outputs, embeddings=embeddings)
             self._contexts.add(context)
+            context.use_adapters(self._adapters.in_use)
             return context
 
     def _check_open(self) -> None:

@@ -10,12 +10,14 @@ import ctypes
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgellm.config import LoadParams, physical_cpu_count
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.native import library
+from edgellm.native.lora import ActiveAdapters, Adapter
 from edgellm.native.model import NativeModel
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class Context:
         self._has_logits = False
         self._n_outputs = n_outputs
         self._samplers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._adapters = ActiveAdapters()
         wanted = params.n_ctx or model.n_ctx_train
         self.n_ctx = min(wanted, model.n_ctx_train) if model.n_ctx_train > 0 else wanted
         self._abort_callback, abort_flag = _flag_reader(lib)
@@ -94,13 +97,24 @@ class Context:
     def aborted(self) -> bool:
         return bool(self._native.abort_flag[0] != b"\0")
 
+    def use_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Add these LoRAs, by weight, in place of those before. What the memory holds was made without, and goes."""
+        with self._native.lock:
+            pointer = self._open_pointer()
+            self._adapters = ActiveAdapters(adapters)
+            self._adapters.switch(pointer, 0)
+            if self._memory is not None:
+                self._lib.llama_memory_clear(self._memory, False)
+        self._has_logits = False
+        self.tokens.clear()
+
     def reuse_prefix(self, tokens: Sequence[int]) -> int:
         """Keep what the memory already holds of `tokens` and drop the rest. Returns how many tokens are kept.
 
         At least the last token is left to evaluate, for its logits. A model that can't drop the end of its
         memory (recurrent; a sliding window that has moved on) loses all of it: 0.
         """
-        n_past = _common_prefix(self.tokens, list(tokens[:-1]))
+        n_past = min(_common_prefix(self.tokens, list(tokens[:-1])), self._adapters.begin(tokens))
         with self._native.lock:
             pointer = self._open_pointer()
             if n_past == 0 or not self._roll_back(pointer, n_past):
@@ -137,11 +151,23 @@ class Context:
                 "load with a larger n_ctx, or shorten the text"
             )
         total = len(tokens)
-        for start in range(0, total, self.n_batch):
-            chunk = tokens[start : start + self.n_batch]
-            self._decode_chunk(chunk, n_logits=1 if start + len(chunk) == total else 0)
-            if on_progress is not None and on_progress(start + len(chunk), total) is False:
-                raise Cancelled(f"cancelled after {start + len(chunk)} of {total} prompt tokens")
+        done = 0
+        for chunk in self._chunks(tokens, self.n_batch):
+            done += len(chunk)
+            self._decode_chunk(chunk, n_logits=1 if done == total else 0)
+            if on_progress is not None and on_progress(done, total) is False:
+                raise Cancelled(f"cancelled after {done} of {total} prompt tokens")
+
+    def _chunks(self, tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+        """Parts of at most `size`, each with the same adapters all through. Evaluate one before taking the next."""
+        at = 0
+        while at < len(tokens):
+            position = len(self.tokens)
+            with self._native.lock:
+                self._adapters.switch(self._open_pointer(), position)
+            chunk = tokens[at : at + min(size, self._adapters.reach(position))]
+            at += len(chunk)
+            yield chunk
 
     def step(self, token: int) -> None:
         """`decode` of one token this model sampled itself: the hot path. Same errors."""
@@ -212,10 +238,10 @@ class Context:
 
         self._check_fits(tokens)
         self.reuse_prefix(())
+        self._adapters.begin(tokens)
         result = np.empty((len(tokens), self.model.vocab.size), np.float32)
-        step = min(self._n_outputs, self.n_batch)
-        for start in range(0, len(tokens), step):
-            chunk = tokens[start : start + step]
+        for chunk in self._chunks(tokens, min(self._n_outputs, self.n_batch)):
+            start = len(self.tokens)
             self._decode_chunk(chunk, n_logits=len(chunk))
             with self._native.lock:
                 rows = self._lib.llama_get_logits(self._open_pointer())
@@ -252,6 +278,15 @@ class Context:
             if not self._has_logits:  # llama.cpp would abort the process
                 raise GenerationError("there are no logits to sample from; evaluate a token first")
             return int(self._lib.llama_sampler_sample(chain, pointer, -1))
+
+    def likeliest(self, np: ModuleType) -> int:
+        """The token with the largest logit after the last evaluated one; np is numpy."""
+        with self._native.lock:
+            pointer = self._open_pointer()
+            if not self._has_logits:
+                raise GenerationError("there are no logits to sample from; evaluate a token first")
+            logits = self._lib.llama_get_logits_ith(pointer, -1)
+            return int(np.ctypeslib.as_array(logits, (self.model.vocab.size,)).argmax())
 
     def adopt(self, sampler: object) -> None:
         """Have `sampler.close()` called before the context goes away."""

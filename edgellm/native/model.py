@@ -53,9 +53,9 @@ class NativeModel:
             watch.raise_if_stopped(path)
             reason = library.last_error("llama.cpp gave no reason")
             raise ModelFileError(f"cannot load {path}: {reason}; convert or download the file again")
-        self._free = weakref.finalize(self, lib.llama_model_free, pointer)
         self.pointer = pointer
         self.vocab = Vocab(lib, lib.llama_model_get_vocab(pointer))
+        self._free = weakref.finalize(self, _free_model, lib, pointer, self.vocab)
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(pointer))
         self.n_embd = int(lib.llama_model_n_embd_out(pointer))
         self.n_swa = int(lib.llama_model_n_swa(pointer))
@@ -68,8 +68,12 @@ class NativeModel:
 
     def close(self) -> None:
         """Free the weights. Every context of this model must be closed before. Twice is fine."""
-        self.vocab.close()
         self._free()
+
+
+def _free_model(lib: Any, pointer: Any, vocab: Vocab) -> None:
+    vocab.close()  # first: at interpreter exit a daemon thread may be in the middle of tokenizing
+    lib.llama_model_free(pointer)
 
 
 def _metadata(lib: Any, pointer: Any, key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +20,10 @@ class Sampler:
         self._lib = library.load()
         self._context = context
         self._penalty_window = _penalty_window(params, context.n_ctx)
+        self._greedy = params.temperature == 0 and not self._penalty_window
         self._chain = _make_chain(self._lib, params, context.model.vocab.size, self._penalty_window)
         self._free = weakref.finalize(self, self._lib.llama_sampler_free, self._chain)
+        self._free.atexit = False  # the context does it, when no daemon thread is sampling
         context.adopt(self)
 
     def accept_prompt(self, tokens: Iterable[int]) -> None:
@@ -33,6 +36,9 @@ class Sampler:
         """Choose a token from the last logits, and take it into account for the penalties."""
         if not self._free.alive:
             raise GenerationError("the model is closed; load it again")
+        # The C sampler copies every logit into a table of candidates first. Not worth importing numpy for.
+        if self._greedy and (numpy := sys.modules.get("numpy")):
+            return self._context.likeliest(numpy)
         return self._context.sample(self._chain)
 
     def close(self) -> None:
