@@ -54,8 +54,12 @@ def test_command(command: str, folder: Path) -> None:
     assert "Traceback" not in done.stderr
     if command.startswith("edgellm demo"):
         assert "all equal" in done.stdout
-        assert "Paris" in done.stdout
-        assert "my-fine-tune" in done.stderr
+        assert "merged reminders" in done.stdout
+        fine_tuned = re.findall(r"^\| fine-tune, Q4_K_M \| `(.+)` \|$", README, re.MULTILINE)
+        assert fine_tuned == done.stdout.splitlines()[-1:]
+        base = done.stderr.partition("the base:")[2].partition("the fine-tune:")[0]
+        assert len(base) > 20
+        assert "{" not in base
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
