@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from converters.adapters.gguf_base import merge_into_gguf
 from converters.adapters.merge import merge_adapters
-from converters.adapters.read import read_adapter
-from converters.architectures.spec import Array, Sizes
-from converters.plan import Plan, PlannedTensor, make_plan
-from converters.quantize.types import TYPE_IDS, WEIGHT_TYPES, find_file_type
+from converters.adapters.read import Adapter, read_adapter
+from converters.damage import blamed_on
+from converters.plan import Plan, make_plan
+from converters.produce import produce
+from converters.quantize.types import WEIGHT_TYPES, find_file_type
 from converters.receipt import Receipt, peak_memory, types_used
 from converters.requantize import make_gguf_plan
 from converters.sources import Source, open_source
@@ -24,14 +22,12 @@ from converters.tokenizers.read import read_vocabulary
 from converters.tokenizers.vocabulary import fit, vocabulary_metadata
 from converters.verify import reference_encoder, verify
 from converters.writer import Writer, check_output
-from edgellm.errors import CheckpointError
-from edgellm.native.ggml import quantize_rows
+from edgellm.errors import AdapterError
 
 # (tensor name, bytes written so far, bytes in all)
 OnProgress = Callable[[str, int, int], None]
 Overrides = Sequence[tuple[str, str]]
 AdapterArgument = str | Path | tuple[str | Path, float]  # a folder, or a folder and how much of it
-_F16_MAX = 65504.0
 
 
 def plan(
@@ -121,6 +117,11 @@ def _open(
     if not adapters:
         return opened
     found = [read_adapter(folder, weight) for folder, weight in map(_folder_and_weight, adapters)]
+    with blamed_on(found[0].path, AdapterError):
+        return _merged(opened, found, pre, merge_base)
+
+
+def _merged(opened: Source, found: Sequence[Adapter], pre: str | None, merge_base: str | None) -> Source:
     if opened.kind == "gguf":
         return merge_into_gguf(opened, found, pre, merge_base)
     return merge_adapters(opened, found, merge_base)
@@ -135,7 +136,8 @@ def _plan(source: Source, quant: str, types: Overrides) -> Plan:
     file_type = find_file_type(quant)
     overrides = [_override(pattern, type_name) for pattern, type_name in types]
     make = make_gguf_plan if source.kind == "gguf" else make_plan
-    return make(source, file_type, overrides)
+    with blamed_on(source.path):
+        return make(source, file_type, overrides)
 
 
 def _override(pattern: str, type_name: str) -> tuple[re.Pattern[str], str]:
@@ -167,31 +169,10 @@ def _metadata(source: Source, planned: Plan, pre: str | None) -> tuple[dict[str,
 
 def _write_tensors(writer: Writer, planned: Plan, n_threads: int, on_progress: OnProgress | None) -> None:
     done = sum(tensor.n_bytes for tensor in planned.tensors[: writer.n_kept])
-    for tensor in planned.tensors[writer.n_kept :]:
+    for tensor, pieces in produce(planned.tensors[writer.n_kept :], planned.sizes, n_threads):
         if on_progress:
             on_progress(tensor.name, done, planned.n_bytes)
-        writer.write(tensor, output_bytes(tensor, planned.sizes, n_threads))
+        writer.write(tensor, pieces)
         done += tensor.n_bytes
     if on_progress:
         on_progress("", done, planned.n_bytes)
-
-
-def output_bytes(tensor: PlannedTensor, sizes: Sizes, n_threads: int = 0) -> Iterator[NDArray[np.uint8]]:
-    """A tensor's bytes as they go into the file, in one piece or expert by expert: read, mapped, quantized."""
-    if tensor.computed is not None:
-        yield quantize_rows(tensor.computed, TYPE_IDS[tensor.type_name], n_threads=n_threads)
-    for source in tensor.sources:
-        weights = source.read()
-        _check_finite(source.name, tensor.type_name, weights)
-        for op in tensor.ops:
-            weights = op.forward(weights, sizes)
-        yield quantize_rows(weights, TYPE_IDS[tensor.type_name], n_threads=n_threads)
-
-
-def _check_finite(name: str, type_name: str, weights: Array) -> None:
-    low, high = float(weights.min()), float(weights.max())  # NaN wins in both: no array of flags is needed
-    if not (np.isfinite(low) and np.isfinite(high)):
-        n_bad = int(weights.size - np.isfinite(weights).sum())
-        raise CheckpointError(f"tensor {name} has {n_bad} values that are not finite; the training run diverged")
-    if type_name == "F16" and max(-low, high) > _F16_MAX:
-        raise CheckpointError(f"tensor {name} has values up to {max(-low, high):.3g}, beyond F16; use BF16 or F32")

@@ -44,6 +44,8 @@ def expert_changes(adapter: Adapter, module: str, parts: Parts, targets: Targets
 def _parameter(adapter: Adapter, module: str) -> tuple[str, str]:
     """(path of the module, name of the parameter) that a key with PEFT's nested wrappers stands for."""
     wanted = adapter.config.get("target_parameters") or []
+    if not wanted:
+        return module, ""
     path = re.sub(r"(\.base_layer)+$", "", module)
     depth = module.count(".base_layer")
     names = {
@@ -51,7 +53,7 @@ def _parameter(adapter: Adapter, module: str) -> tuple[str, str]:
         for target in wanted
         if f".{path}".endswith(f".{str(target).rpartition('.')[0]}") or "." not in str(target)
     }
-    siblings = [m for m in adapter.modules if re.sub(r"(\.base_layer)+$", "", m) == path]
+    siblings = [depth for depth in range(len(names) + 1) if path + ".base_layer" * depth in adapter.modules]
     ordered = sorted(names, key=lambda name: (_DECLARED.index(name) if name in _DECLARED else 99, name))
     if len(siblings) != len(ordered):
         return path, ""

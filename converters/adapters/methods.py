@@ -19,6 +19,7 @@ from edgellm.errors import AdapterError
 
 Factors = tuple[Array, Array]  # (outputs, r) and (r, inputs), whose product is added
 _SLAB_BYTES = 1 << 24
+_SMALL_PRODUCT = 500_000  # multiplications
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def low_rank(what: str, shape: tuple[int, ...], factors: Callable[[], Factors]) 
 
 
 def _add_product(weights: Array, left: Array, right: Array) -> Array:
-    step = max(1, _SLAB_BYTES // (4 * weights.shape[-1]))
+    # Products so small that BLAS keeps to one thread: its threads would take the quantizer's cores, and spin.
+    step = max(1, _SMALL_PRODUCT // (weights.shape[-1] * right.shape[0]))
     for first in range(0, len(weights), step):
         weights[first : first + step] += left[first : first + step] @ right
     return weights

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from converters import convert, plan
-from converters.convert import output_bytes
+from converters.produce import produce
 from converters.quantize.types import FILE_TYPES
 from tests.converters import reference, tiny
 
@@ -47,8 +47,8 @@ def _make(config: dict[str, Any], root: Path) -> tuple[Path, Path]:
 def _planned(folder: Path, quant: str, types: tuple[tuple[str, str], ...] = ()) -> dict[str, reference.Stored]:
     planned = plan(folder, quant=quant, types=types)
     return {
-        t.name: (t.type_name, t.shape, b"".join(p.tobytes() for p in output_bytes(t, planned.sizes)))
-        for t in planned.tensors
+        t.name: (t.type_name, t.shape, b"".join(piece.tobytes() for piece in pieces))
+        for t, pieces in produce(planned.tensors, planned.sizes)
     }
 
 

@@ -28,13 +28,14 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import sys
 
     module, names = sys.modules["converters.convert"], []
-    original = module.output_bytes
+    original = module.produce
 
-    def counted(tensor, *arguments):  # type: ignore[no-untyped-def]
-        names.append(tensor.name)
-        return original(tensor, *arguments)
+    def counted(*arguments):  # type: ignore[no-untyped-def]
+        for tensor, pieces in original(*arguments):
+            names.append(tensor.name)
+            yield tensor, pieces
 
-    monkeypatch.setattr(module, "output_bytes", counted)
+    monkeypatch.setattr(module, "produce", counted)
     return names
 
 
