@@ -64,7 +64,7 @@ def main() -> None:
             from edgellm.catalog.cards import resolve
 
             source = converters.to_checkpoint(resolve(None), folder / "checkpoint")
-        bound = (200 << 20) + 4 * largest_tensor(source)
+        bound = (200_000_000) + 4 * largest_tensor(source)
         runs: dict[str, list[dict[str, float]]] = {quant: [] for quant in arguments.quants.split(",")}
         for _ in range(arguments.rounds):  # interleaved: a slow minute hits all alike
             for quant, results in runs.items():
@@ -80,9 +80,7 @@ def main() -> None:
             f"{row['peak_memory'] / 1e6:8.1f} {row['output_bytes'] / 1e6:8.1f}"
         )
     worst = max(row["peak_memory"] for row in medians.values())
-    print(
-        f"peak memory at most {worst / 1e6:.0f} MB; bound 200 MiB + 4 × largest float32 tensor = {bound / 1e6:.0f} MB"
-    )
+    print(f"peak memory at most {worst / 1e6:.0f} MB; bound 200 MB + 4 × largest float32 tensor = {bound / 1e6:.0f} MB")
     print(json.dumps({"benchmark": "convert", "rounds": arguments.rounds, "bound": bound, "medians": medians}))
 
 

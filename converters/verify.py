@@ -97,6 +97,8 @@ def _tokenizers_encoder(content: str) -> Encode:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(content)
+    tokenizer.no_padding()  # what a fine-tune was trained with stays in the file
+    tokenizer.no_truncation()
     # llama.cpp has no Unicode normalization, which the receipt notes; compared is what comes after it
     if unicode_forms(json.loads(content).get("normalizer")):
         tokenizer.normalizer = None

@@ -33,12 +33,22 @@ def read_byte_fallback(tokenizer: Mapping[str, Any], shared: Vocabulary, pre: st
         if kind == TokenType.USER_DEFINED and "▁" in shared.tokens[i] and scores[i] > UNREACHABLE:
             types[i] = int(TokenType.NORMAL)
     check_byte_pieces(shared.tokens)
-    prefix, notes = _space_prefix(tokenizer)
-    notes = (*shared.notes, *notes)
+    prefix, metaspace = _space_prefix(tokenizer)
+    notes = shared.notes
+    if metaspace == "first":
+        notes += ("llama.cpp puts a space also after every special token, the tokenizer only before the text",)
     if not prefix and (pre == _GEMMA4 or _GEMMA4_TURN in ids):
         joined = [f"{left} {right}" for left, right in merges]
         return replace(shared, model=_GEMMA4, pre=_GEMMA4, types=types, merges=joined, notes=notes)
-    return replace(shared, model="llama", types=types, scores=scores, add_space_prefix=prefix, notes=notes)
+    return replace(
+        shared,
+        model="llama",
+        types=types,
+        scores=scores,
+        add_space_prefix=prefix,
+        metaspace=metaspace,
+        notes=notes,
+    )
 
 
 def merge_scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
@@ -59,26 +69,34 @@ def check_byte_pieces(tokens: list[str]) -> None:
         )
 
 
-def _space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a space is put before the text: a Prepend normalizer, or a Metaspace pre-tokenizer that says so."""
+def _space_prefix(tokenizer: Mapping[str, Any]) -> tuple[bool, str | None]:
+    """Whether a space is put before the text, by a Prepend normalizer or by Metaspace, and the latter's scheme."""
     normalizer = tokenizer.get("normalizer") or {}
     steps = normalizer.get("normalizers", []) if normalizer.get("type") == "Sequence" else [normalizer]
     if any(step.get("type") == "Prepend" for step in steps):
-        return True, ()
+        return True, None
     pre = tokenizer.get("pre_tokenizer") or {}
     if pre.get("type") != "Metaspace":
-        return False, ()
-    scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
-    if scheme != "first":
-        return scheme != "never", ()
-    note = "llama.cpp puts a space also after every special token, the tokenizer only before the text (Metaspace first)"
-    return True, (note,)
+        return False, None
+    scheme = metaspace_scheme(pre)
+    return scheme != "never", None if scheme == "never" else scheme
+
+
+def metaspace_scheme(step: Mapping[str, Any]) -> str:
+    """ "first", "always" or "never" of a Metaspace step; older files say it with a flag."""
+    return str(step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never"))
 
 
 def byte_fallback_pipeline(vocabulary: Vocabulary) -> dict[str, Any]:
     """Normalizer, pre-tokenizer, decoder and model of a tokenizer.json."""
-    replace_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     prepend = [{"type": "Prepend", "prepend": "▁"}] if vocabulary.add_space_prefix else []
+    replace_spaces = [*prepend, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    normalizer: dict[str, Any] | None = {"type": "Sequence", "normalizers": replace_spaces}
+    pre_tokenizer = None
+    if vocabulary.metaspace:
+        scheme = vocabulary.metaspace
+        pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        normalizer = None
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -91,8 +109,8 @@ def byte_fallback_pipeline(vocabulary: Vocabulary) -> dict[str, Any]:
     else:
         merges = merges_from_scores(vocabulary)
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace_spaces]},
-        "pre_tokenizer": None,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": bpe_model(vocabulary, merges, byte_fallback=True),
     }

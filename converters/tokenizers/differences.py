@@ -33,6 +33,16 @@ def _has_any(chars: str) -> Test:
     return lambda text: any(char in text for char in chars)
 
 
+def _has_young_sign(text: str) -> bool:
+    """Marks and punctuation of which one of the two libraries' Unicode tables doesn't know yet what they are."""
+    young = (char for char in text if unicodedata.ucd_3_2_0.category(char) == "Cn")
+    return any(unicodedata.category(char) in ("Mn", "Po", "Cn") for char in young)
+
+
+def _begins_with_space(text: str) -> bool:
+    return text.startswith((" ", "▁"))
+
+
 def _is_blank(text: str) -> bool:
     return not text.strip(" ")
 
@@ -56,7 +66,7 @@ _KNOWN: Mapping[str, tuple[tuple[Test, str], ...]] = {
         (_is_blank, "nothing but spaces"),
         (_has_run, "a run of one character, where several ways are equally good"),
     ),
-    "bert": (_CONTROL_SPACES, (_has_any("▁"), "the character ▁")),
+    "bert": (_CONTROL_SPACES, (_has_any("▁"), "the character ▁"), (_has_young_sign, "young signs of Unicode")),
 }
 _ACCENTS = ((_has_hangul, "Hangul"), (_has_category("Mc", "Me"), "spacing marks"))
 
@@ -67,4 +77,6 @@ def known_difference(metadata: Mapping[str, Any], text: str) -> str | None:
     tests = _KNOWN.get(str(pre if model == "gpt2" else model), ())
     if model == "bert" and metadata.get("tokenizer.ggml.normalizer.strip_accents"):
         tests += _ACCENTS
+    if metadata.get("edgellm.tokenizer.metaspace"):
+        tests += ((_begins_with_space, "a space at the beginning, before which the tokenizer puts no other"),)
     return next((what for test, what in tests if test(text)), None)

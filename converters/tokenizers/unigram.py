@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from converters.tokenizers.byte_fallback import metaspace_scheme
 from converters.tokenizers.vocabulary import TokenType, Vocabulary, own_tokens
 from edgellm.errors import TokenizerError
 
@@ -86,7 +87,7 @@ def _metaspace(pre_tokenizer: Any) -> tuple[bool, bool]:
         if step.get("type") == "WhitespaceSplit":
             splits = True
         elif step.get("type") == "Metaspace":
-            prefix = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never"
+            prefix = metaspace_scheme(step) != "never"
         else:
             raise TokenizerError(f"tokenizer.json splits with {str(step)[:200]}, which llama.cpp can't do for Unigram")
     return prefix, splits

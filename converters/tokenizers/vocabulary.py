@@ -42,6 +42,7 @@ _OPTIONAL_KEYS: Mapping[str, str] = {
     "remove_extra_whitespaces": "tokenizer.ggml.remove_extra_whitespaces",
     "lowercase": "tokenizer.ggml.normalizer.lowercase",
     "strip_accents": "tokenizer.ggml.normalizer.strip_accents",
+    "metaspace": "edgellm.tokenizer.metaspace",  # GGUF itself has no word for it
 }
 _CHARSMAP_KEY = "tokenizer.ggml.precompiled_charsmap"
 MODELS = ("gpt2", "llama", "gemma4", "t5", "bert")
@@ -54,8 +55,9 @@ class Vocabulary:
     "gpt2" is byte-level BPE, "llama" SentencePiece-like BPE by scores, "gemma4" BPE over text with ▁ for spaces,
     "t5" Unigram, "bert" WordPiece. tokens and types have one entry per id; scores only for "llama" and "t5", merges
     ("left right") only for "gpt2" and "gemma4". special: name (see SPECIAL_KEYS) → id. templates: name → Jinja text,
-    "default" being the chat template. Of "t5": charsmap (SentencePiece's compiled normalization) and
-    remove_extra_whitespaces; of "bert": lowercase and strip_accents.
+    "default" being the chat template. Of "llama": metaspace, "first" or "always" where the pre-tokenizer is
+    Metaspace, which puts no space before a text that begins with one, as llama.cpp does. Of "t5": charsmap
+    (SentencePiece's compiled normalization) and remove_extra_whitespaces; of "bert": lowercase and strip_accents.
     """
 
     model: str
@@ -72,6 +74,7 @@ class Vocabulary:
     remove_extra_whitespaces: bool | None = None
     lowercase: bool | None = None
     strip_accents: bool | None = None
+    metaspace: str | None = None
     templates: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

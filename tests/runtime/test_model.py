@@ -111,7 +111,8 @@ def test_an_emoji_of_several_tokens_arrives_whole(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "héllo wörld", "日本語 ☃", "a\x00b", "tabs\tand\nlines\r\n", "<|im_end|>", "1234567"]
+    "text",
+    ["", "héllo wörld", "日本語 ☃", "a\x00b", "tabs\tand\nlines\r\n", "<|im_end|>", "1234567", "don 't , stop ."],
 )
 def test_tokenize_and_back(model: Model, text: str) -> None:
     assert model.detokenize(model.tokenize(text)) == text
