@@ -22,7 +22,7 @@ ALLOWED = {
     "generation": BASE | {"native", "text"},
     "chat": BASE | {"native", "text", "generation"},
     "catalog": BASE,
-    "measure": BASE | {"native", "text", "generation"},
+    "measure": BASE | {"native", "text", "generation", "chat", "catalog", "engine"},
     "engine": BASE | {"native", "text", "generation", "chat", "catalog"},
     "cli": BASE | {"native", "text", "generation", "chat", "catalog", "engine", "measure", "edgellm"},
     "edgellm": BASE | {"native", "text", "generation", "chat", "catalog", "engine"},  # the package's __init__

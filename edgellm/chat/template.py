@@ -35,9 +35,9 @@ class ChatTemplate:
         except (TemplateError, RecursionError, ValueError) as exc:
             raise GenerationError(f"the model's chat template can't be read: {exc}; use raw prompts instead") from exc
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt text for `messages`, ending where the assistant's answer begins."""
-        variables = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
+    def render(self, messages: Sequence[Message], *, answer_follows: bool = True) -> str:
+        """The prompt text for `messages`, ending where the assistant's answer begins, or where the last one ends."""
+        variables = {"messages": messages, "add_generation_prompt": answer_follows, "tools": None, "documents": None}
         try:
             return self._template.render(**variables, **self._tokens)
         except Exception as exc:  # a template can fail with anything: a TypeError inside it is its own bug

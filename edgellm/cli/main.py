@@ -16,6 +16,7 @@ from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
 from edgellm.cli.convert import convert
 from edgellm.cli.demo import demo
+from edgellm.cli.eval import evaluate
 from edgellm.cli.inspect import inspect
 from edgellm.cli.run import run
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (convert, chat, run, inspect, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 @app.callback()

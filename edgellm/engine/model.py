@@ -122,6 +122,15 @@ class Model:
         return self._context.n_threads
 
     @property
+    def bos(self) -> int | None:
+        """The token that begins every text; None where this model's texts begin without."""
+        return self._vocab.bos if self._vocab.adds_bos else None
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends an answer (end of text, end of turn)."""
+        return self._vocab.is_eog(token)
+
+    @property
     def context_used(self) -> int:
         """How many tokens the context's memory holds."""
         return len(self._context.tokens)
@@ -177,14 +186,17 @@ class Model:
         """`chat` for asyncio; see `agenerate`."""
         return self._iterate_async(lambda: self.chat_tokens(messages), params, on_progress)
 
-    def chat_tokens(self, messages: Messages) -> list[int]:
-        """The token ids of the prompt that `chat` evaluates for these messages."""
+    def chat_tokens(self, messages: Messages, *, answer_follows: bool = True) -> list[int]:
+        """The token ids of the prompt that `chat` evaluates for these messages.
+
+        answer_follows: False ends where the last message ends, without what introduces an answer.
+        """
         from edgellm.chat.template import check_messages  # with jinja2, which only chats need
 
         self._check_open()
         template = self._template
         checked, mark = self._marker.mark(check_messages(messages), template.source)
-        return self._marker.encode(template.render(checked), mark)
+        return self._marker.encode(template.render(checked, answer_follows=answer_follows), mark)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, no BOS. special: the text of a control token becomes that token."""

@@ -236,18 +236,33 @@ class Context:
         """Evaluate `tokens` from an empty memory. Returns the logits at every one: float32 (n_tokens, n_vocab)."""
         import numpy as np
 
+        result = np.empty((len(tokens), self.model.vocab.size), np.float32)
+        at = 0
+        for rows in self.logits_from(tokens, 0):
+            result[at : at + len(rows)] = rows
+            at += len(rows)
+        return result
+
+    def logits_from(self, tokens: Sequence[int], first: int) -> Iterator[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Evaluate `tokens` from an empty memory; the logits at tokens[first:] in order, some rows at a time.
+
+        float32 (at most n_outputs, n_vocab) each, the caller's own.
+        """
+        import numpy as np
+
         self._check_fits(tokens)
         self.reuse_prefix(())
         self._adapters.begin(tokens)
-        result = np.empty((len(tokens), self.model.vocab.size), np.float32)
-        for chunk in self._chunks(tokens, min(self._n_outputs, self.n_batch)):
-            start = len(self.tokens)
+        for chunk in self._chunks(tokens[:first], self.n_batch):
+            self._decode_chunk(chunk, n_logits=0)
+        for chunk in self._chunks(tokens[first:], min(self._n_outputs, self.n_batch)):
             self._decode_chunk(chunk, n_logits=len(chunk))
             with self._native.lock:
-                rows = self._lib.llama_get_logits(self._open_pointer())
-                shape = (len(chunk), self.model.vocab.size)
-                result[start : start + len(chunk)] = np.ctypeslib.as_array(rows, shape=shape)
-        return result
+                logits = self._lib.llama_get_logits(self._open_pointer())
+                if not logits:
+                    raise GenerationError("this model gives no logits; it was made for embeddings")
+                rows = np.ctypeslib.as_array(logits, shape=(len(chunk), self.model.vocab.size)).copy()
+            yield rows
 
     def embedding(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The pooled embedding of `tokens` (at most n_batch): float32 (n_embd,), not normalised."""

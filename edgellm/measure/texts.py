@@ -1,0 +1,158 @@
+"""What models are measured on: a text file, dialogues as JSON lines, or text that a model makes itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgellm.config import LoadParams, SamplingParams
+from edgellm.engine.model import Model, load
+from edgellm.errors import EdgeLLMError, GenerationError
+from edgellm.measure.scoring import Sample
+
+SELF = "self"
+DEFAULT_N_CTX = 512
+_SELF_CHUNKS = 8
+SELF_SEED = 20260101
+_MIN_TOKENS = 8
+
+OnProgress = Callable[[str, int, int], None]  # (what, done, in all)
+
+
+def read_samples(
+    text: str | Path,
+    model: Path,
+    *,
+    n_ctx: int = DEFAULT_N_CTX,
+    n_chunks: int | None = None,
+    seed: int = SELF_SEED,
+    on_progress: OnProgress | None = None,
+) -> list[Sample]:
+    """Samples of at most n_ctx tokens from a file, or from what `model` writes for the text "self".
+
+    A text is cut into chunks of n_ctx, each begun with BOS where the vocabulary has one, and the second half of each
+    is scored, as llama-perplexity does. Of dialogues (.jsonl: {"messages": […]}, {"prompt", "completion"} or
+    {"text"} per line) only the assistant's answers are scored, through the model's chat template.
+    Errors: EdgeLLMError for a file that can't be read or is too short.
+    """
+    with load(model, LoadParams(n_ctx=n_ctx, load_mode="mmap")) as opened:
+        n_ctx = opened.n_ctx
+        if text == SELF:
+            tokens = _own_text(opened, n_ctx, n_chunks or _SELF_CHUNKS, seed, on_progress)
+            return chunks(tokens, n_ctx, n_chunks, opened.bos)
+        path = Path(text)
+        content = _read(path)
+        if path.suffix == ".jsonl":
+            return _dialogues(path, content, opened, n_ctx)[:n_chunks]
+        tokens = opened.tokenize(content)
+        if opened.bos is not None:
+            tokens.insert(0, opened.bos)
+        if len(tokens) < _MIN_TOKENS:
+            raise EdgeLLMError(f"{path} has {len(tokens)} tokens; give a longer text, a few thousand words at best")
+        return chunks(tokens, n_ctx, n_chunks, opened.bos)
+
+
+def chunks(tokens: list[int], n_ctx: int, n_chunks: int | None, bos: int | None) -> list[Sample]:
+    """Whole chunks of n_ctx tokens (of a shorter text one, of all there is), their second halves scored."""
+    size = min(n_ctx, len(tokens))
+    samples = []
+    for start in range(0, len(tokens) - size + 1, size)[:n_chunks]:
+        chunk = tokens[start : start + size]
+        samples.append(Sample([bos, *chunk[1:]] if bos is not None else chunk, range(size // 2, size - 1)))
+    return samples
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise EdgeLLMError(f"{path} is no UTF-8 text (byte {exc.start}); convert it to UTF-8") from exc
+    except OSError as exc:
+        raise EdgeLLMError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
+
+
+def _own_text(model: Model, n_ctx: int, n_chunks: int, seed: int, on_progress: OnProgress | None) -> list[int]:
+    """n_chunks × n_ctx tokens sampled at temperature 1, in runs that begin with BOS; the same for the same seed."""
+    wanted, tokens = n_ctx * n_chunks, list[int]()
+    start = [model.bos] if model.bos is not None else model.tokenize("\n")[:1]
+    while len(tokens) < wanted:
+        params = SamplingParams(
+            temperature=1.0, seed=seed + len(tokens), max_tokens=min(n_ctx - 1, wanted - len(tokens))
+        )
+        tokens += start
+        for response in model.generate(start, params):
+            tokens += response.token_ids
+        if on_progress:
+            on_progress("writing a text", min(len(tokens), wanted), wanted)
+    return tokens[:wanted]
+
+
+def _dialogues(path: Path, content: str, model: Model, n_ctx: int) -> list[Sample]:
+    samples: list[Sample] = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                samples += _of_line(json.loads(line), model, n_ctx)
+            except (ValueError, KeyError, TypeError, GenerationError) as exc:
+                raise EdgeLLMError(f"{path}, line {number}: {_reason(exc)}") from exc
+    if not samples:
+        raise EdgeLLMError(f'{path} has no answers to score; a line looks like {{"messages": [{{"role": …}}]}}')
+    return samples
+
+
+def _reason(exc: Exception) -> str:
+    if isinstance(exc, json.JSONDecodeError):
+        return f"no JSON ({exc})"
+    if isinstance(exc, KeyError):
+        return f"{exc} is missing; a line has messages, or prompt and completion, or text"
+    return str(exc)
+
+
+def _of_line(record: Any, model: Model, n_ctx: int) -> Iterator[Sample]:
+    if isinstance(record, list):
+        record = {"messages": record}
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    if "messages" in record:
+        yield from _answers(record["messages"], model, n_ctx)
+    elif "text" in record:
+        tokens = ([model.bos] if model.bos is not None else []) + model.tokenize(record["text"])
+        yield from _cut(tokens, list(range(len(tokens) - 1)), n_ctx)
+    else:
+        pair = [("user", record["prompt"]), ("assistant", record["completion"])]
+        yield from _answers([{"role": role, "content": text} for role, text in pair], model, n_ctx)
+
+
+def _answers(messages: Sequence[Any], model: Model, n_ctx: int) -> Iterator[Sample]:
+    """The dialogue with all its answers scored; one sample an answer where the template changes earlier turns."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        begin, answered = _answered(model, messages[: i + 1])
+        if answered[: len(tokens)] != tokens:
+            yield from _cut(tokens, positions, n_ctx)
+            positions = []
+        tokens = answered
+        positions += range(begin - 1, len(answered) - 1)
+    yield from _cut(tokens, positions, n_ctx)
+
+
+def _answered(model: Model, messages: Sequence[Any]) -> tuple[int, list[int]]:
+    """Tokens up to the one that ends the last message, an answer; where that answer begins."""
+    prompt = model.chat_tokens(messages[:-1]) if len(messages) > 1 else []
+    tokens = model.chat_tokens(messages, answer_follows=False)
+    pairs = enumerate(zip(prompt, tokens, strict=False))
+    begin = max(1, next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(tokens))))
+    end = next((i + 1 for i in range(begin, len(tokens)) if model.ends(tokens[i])), len(tokens))
+    return begin, tokens[:end]
+
+
+def _cut(tokens: list[int], positions: list[int], n_ctx: int) -> Iterator[Sample]:
+    """At most the first n_ctx tokens of a dialogue."""
+    positions = [i for i in positions if i + 1 < min(len(tokens), n_ctx)]
+    if positions:
+        yield Sample(tokens[: positions[-1] + 2], positions)
