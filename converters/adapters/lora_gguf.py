@@ -7,7 +7,7 @@ per-module alphas come out right, which one alpha for all can't say.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ from converters.writer import Writer, check_output
 from edgellm.errors import AdapterError
 from edgellm.gguf_adapter import WITHOUT_LORA
 from edgellm.gguf_header import read_header
+from edgellm.measure.divergence import Estimate
 
 
 @dataclass(frozen=True)
 class AdapterReceipt:
-    """What `export_adapter` wrote. rank: the largest of any pair. Sizes in bytes."""
+    """What `export_adapter` wrote. rank: the largest of any pair. Sizes in bytes.
+
+    approximation: where not all of it is exact. kld: what that costs, see `measure_adapter`; unmeasured: why not known.
+    """
 
     output: str
     architecture: str
@@ -41,7 +45,9 @@ class AdapterReceipt:
     n_tensors: int
     rank: int
     output_bytes: int
-    approximation: Approximation | None = None  # where not all of it is exact
+    approximation: Approximation | None = None
+    kld: Estimate | None = None
+    unmeasured: str = ""
 
 
 def export_adapter(
@@ -51,14 +57,22 @@ def export_adapter(
     *,
     rank: int = DEFAULT_RANK,
     force: bool = False,
+    measure: bool = True,
 ) -> AdapterReceipt:
     """Write adapters of `base` (a checkpoint folder or a GGUF) as one GGUF LoRA; several become one, exactly.
 
-    What is no low-rank product (DoRA) is cut to `rank`, and the receipt says what that leaves of it.
+    What is no low-rank product (DoRA) is cut to `rank`, and the receipt says what that leaves of it and, if `measure`,
+    what it costs (KL divergence from the merged model, which takes some time and twice the base's size on disk).
     Raises AdapterError for changes that no product of matrices makes, and what opening the base raises.
     """
     with blamed_on(Path(adapters[0][0]), AdapterError):
-        return _export(base, adapters, Path(out), rank, force)
+        receipt = _export(base, adapters, Path(out), rank, force)
+    if receipt.approximation is None or not measure:
+        return receipt
+    from converters.adapters.measured import measure_adapter
+
+    kld, why_not = measure_adapter(base, adapters, Path(out))
+    return replace(receipt, kld=kld, unmeasured=why_not)
 
 
 def _export(

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgellm.cli.console import clear_status, status
 from edgellm.cli.options import path_and_number
 
 Progress = Callable[[str, int, int], None]
@@ -102,22 +103,27 @@ def _export_adapter(
     if not adapters:
         raise ValueError("--adapter-only takes one --adapter DIR or more")
     target = out or Path(f"{adapters[0][0].resolve().name}-lora.gguf")
+    status("exporting the adapter, and measuring it where it isn't exact")
     receipt = load_converters().export_adapter(base, adapters, target, rank=rank, force=force)
+    clear_status()
     if as_json:
         typer.echo(json.dumps(asdict(receipt), ensure_ascii=False))
         return
-    cut = receipt.approximation
-    approximate = (
-        f"  note      {cut.n_tensors} tensors are no low-rank product: cut to rank {cut.rank}, which keeps "
-        f"{100 * cut.kept:.2f} % of the change\n"
-        if cut
-        else ""
-    )
-    typer.echo(
-        f"{receipt.output}  {size(receipt.output_bytes)}\n  adapter   {', '.join(receipt.methods)} for "
-        f"{receipt.n_tensors} tensors of a {receipt.architecture} model, rank up to {receipt.rank}\n{approximate}"
-        f"  use       edgellm chat MODEL.gguf --lora {receipt.output}"
-    )
+    lines = [
+        f"{receipt.output}  {size(receipt.output_bytes)}",
+        f"  adapter   {', '.join(receipt.methods)} for {receipt.n_tensors} tensors of a {receipt.architecture} model, "
+        f"rank up to {receipt.rank}",
+    ]
+    if cut := receipt.approximation:
+        lines.append(
+            f"  note      {cut.n_tensors} tensors are no low-rank product: cut to rank {cut.rank}, which keeps "
+            f"{100 * cut.kept:.2f} % of the change"
+        )
+    if receipt.kld:
+        lines.append(f"  measured  KLD from the merged model {receipt.kld.value:.5f} ± {receipt.kld.error:.5f}")
+    if receipt.unmeasured:
+        lines.append(f"  note      the KLD from the merged model wasn't measured: {receipt.unmeasured}")
+    typer.echo("\n".join([*lines, f"  use       edgellm chat MODEL.gguf --lora {receipt.output}"]))
 
 
 def load_converters() -> ModuleType:

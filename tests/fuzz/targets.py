@@ -174,7 +174,7 @@ def act(target: Target, folder: Path, base: Path, load: Callable[[Path], None]) 
     elif target.act == "merge":
         converters.describe(folder)
         converters.convert(base, folder / "out.gguf", quant="F16", adapters=[folder], n_threads=1)
-        converters.export_adapter(base, [(folder, 1.0)], folder / "lora.gguf")
+        converters.export_adapter(base, [(folder, 1.0)], folder / "lora.gguf", measure=False)
     elif target.act == "vocabulary":
         from converters.verify import reference_encoder
 
