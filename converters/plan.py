@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -29,6 +29,7 @@ from converters.architectures.spec import (
     stored_shape,
     weight_shape,
 )
+from converters.quantize.importance import Importance
 from converters.quantize.recipes import Choice, ModelShape, choose_types
 from converters.quantize.types import FileType, block_size, tensor_bytes
 from converters.sources import Source, SourceTensor
@@ -46,7 +47,8 @@ class PlannedTensor:
     """One tensor of the output.
 
     sources: the stored tensors it is made of, several where experts are stacked (each then gives its share of the
-    bytes, in order). A tensor computed from the config has none, but `computed`.
+    bytes, in order). A tensor computed from the config has none, but `computed`. importance: float32 (matrices,
+    columns), what the quantizer weighs errors with.
     """
 
     name: str
@@ -57,6 +59,7 @@ class PlannedTensor:
     ops: tuple[Op, ...] = ()
     sources: tuple[SourceTensor, ...] = ()
     computed: Array | None = field(default=None, repr=False)
+    importance: Array | None = field(default=None, repr=False)
 
     @property
     def n_elements(self) -> int:
@@ -100,7 +103,12 @@ class Plan:
         return BASE_MEMORY + largest
 
 
-def make_plan(source: Source, file_type: FileType, overrides: Sequence[tuple[re.Pattern[str], str]] = ()) -> Plan:
+def make_plan(
+    source: Source,
+    file_type: FileType,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+    importance: Importance | None = None,
+) -> Plan:
     """Plan the conversion of a checkpoint; UnsupportedArchitecture or CheckpointError before any work."""
     arch = find_architecture(source.config)
     config = arch.complete_config(source.config)
@@ -117,14 +125,26 @@ def make_plan(source: Source, file_type: FileType, overrides: Sequence[tuple[re.
     heads_kv = metadata.get(f"{arch.name}.attention.head_count_kv")
     n_head_kv = heads_kv[0] if isinstance(heads_kv, list) else sizes["n_head_kv"]  # as llama.cpp's recipes look at it
     model = ModelShape(arch.name, sizes["n_layer"], sizes["n_head"], n_head_kv, n_expert)
-    types = choose_types(shapes, file_type, model, overrides)
+    types = choose_types(shapes, file_type, model, overrides, importance is not None)
     types |= _lossless_types(found, shapes, types, overrides)
     tensors = [_planned(name, tensor.shape, types[name], computed=tensor) for name, tensor in computed.items()]
     tensors += [
         _planned(name, shapes[name], types[name], weight.ops, tuple(stored)) for name, (stored, weight) in found.items()
     ]
     notes = [*source.notes, *notes, *more_notes]
-    return Plan(arch.name, file_type, metadata, tuple(tensors), sizes, tuple(notes), source.n_bytes)
+    return Plan(arch.name, file_type, metadata, weigh(tensors, importance), sizes, tuple(notes), source.n_bytes)
+
+
+def weigh(tensors: Sequence[PlannedTensor], importance: Importance | None) -> tuple[PlannedTensor, ...]:
+    """The tensors with their entries of the importance matrix."""
+    if importance is None:
+        return tuple(tensors)
+    return tuple(
+        tensor
+        if block_size(tensor.type_name) == 1
+        else replace(tensor, importance=importance.of(tensor.name, tensor.shape))
+        for tensor in tensors
+    )
 
 
 def _lossless_types(

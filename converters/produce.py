@@ -42,11 +42,20 @@ def produce(
 
 def _pieces(tensor: PlannedTensor, weights: Array | None, sizes: Sizes, n_threads: int) -> Pieces:
     """weights: those of the only source, if they have been read already."""
-    ggml_type = TYPE_IDS[tensor.type_name]
     if tensor.computed is not None:
-        yield quantize_rows(tensor.computed, ggml_type, n_threads=n_threads)
+        yield quantize_rows(tensor.computed, TYPE_IDS[tensor.type_name], n_threads=n_threads)
     for k in range(len(tensor.sources)):
-        yield quantize_rows(_load(tensor, k, sizes) if weights is None else weights, ggml_type, n_threads=n_threads)
+        yield _quantized(tensor, k, _load(tensor, k, sizes) if weights is None else weights, n_threads)
+
+
+def _quantized(tensor: PlannedTensor, k: int, weights: Array, n_threads: int) -> NDArray[np.uint8]:
+    """The k-th source's bytes; each expert has an importance of its own, in a source of its own or all in one."""
+    ggml_type, importance = TYPE_IDS[tensor.type_name], tensor.importance
+    if importance is None or weights.ndim == 2:
+        weighed = importance[k] if importance is not None else None
+        return quantize_rows(weights, ggml_type, importance=weighed, n_threads=n_threads)
+    experts = zip(weights, importance, strict=True)
+    return np.stack([quantize_rows(w, ggml_type, importance=i, n_threads=n_threads) for w, i in experts])
 
 
 def _load(tensor: PlannedTensor, k: int, sizes: Sizes) -> Array:

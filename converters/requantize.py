@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from converters.plan import Plan, PlannedTensor
+from converters.plan import Plan, PlannedTensor, weigh
+from converters.quantize.importance import Importance
 from converters.quantize.recipes import ModelShape, choose_types
 from converters.quantize.types import FileType, tensor_bytes
 from converters.sources import Source
@@ -15,11 +16,16 @@ from edgellm.errors import CheckpointError, ModelFileError
 _LOSSLESS = ("F32", "F16", "BF16", "F64")
 _REPLACED = (
     "general.architecture", "general.file_type", "general.quantization_version", "general.alignment", "split.",
-    "edgellm.",
+    "edgellm.receipt.", "quantize.imatrix.",
 )  # fmt: skip
 
 
-def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tuple[re.Pattern[str], str]] = ()) -> Plan:
+def make_gguf_plan(
+    source: Source,
+    file_type: FileType,
+    overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+    importance: Importance | None = None,
+) -> Plan:
     """Plan to write a GGUF's weights with the types of another recipe; any architecture."""
     arch = source.metadata.get("general.architecture")
     if not isinstance(arch, str) or not source.tensors:
@@ -30,7 +36,7 @@ def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tupl
     ]
     if counted:
         raise CheckpointError(f"{source.path} has integer tensors ({counted[0]}), which can't be requantized")
-    types = choose_types(shapes, file_type, _model_shape(arch, source), overrides)
+    types = choose_types(shapes, file_type, _model_shape(arch, source), overrides, importance is not None)
     tensors = tuple(
         PlannedTensor(
             name,
@@ -45,7 +51,7 @@ def make_gguf_plan(source: Source, file_type: FileType, overrides: Sequence[tupl
     metadata = {key: value for key, value in source.metadata.items() if not key.startswith(_REPLACED)}
     quantized = sorted({tensor.dtype for tensor in source.tensors.values()} - set(_LOSSLESS))
     notes = (f"the source is already quantized ({', '.join(quantized)}): its losses stay",) if quantized else ()
-    return Plan(arch, file_type, metadata, tensors, {}, (*notes, *source.notes), source.n_bytes)
+    return Plan(arch, file_type, metadata, weigh(tensors, importance), {}, (*notes, *source.notes), source.n_bytes)
 
 
 def _model_shape(arch: str, source: Source) -> ModelShape:

@@ -17,17 +17,20 @@ from converters.tokenizers.tekken import read_tekken
 from converters.tokenizers.tokenizer_json import build_tokenizer_json
 from edgellm.errors import CheckpointError, TokenizerError
 from edgellm.gguf_header import check_loadable
+from edgellm.measure.templates import same_prompts
 from edgellm.native.probe import probe
 
 Encode = Callable[[str], list[int]]
 
 
-def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: Encode | None) -> tuple[str, ...]:
+def verify(
+    partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: Encode | None, folder: Path
+) -> tuple[str, ...]:
     """Lines that say what was checked; an error where something is wrong.
 
-    reference: token ids of a text by the checkpoint's own tokenizer, without special tokens.
+    reference: token ids of a text by the checkpoint's own tokenizer, without special tokens. folder: where that is.
     """
-    header = check_loadable(partial, unfinished=True)
+    header = check_loadable(partial)
     planned = {tensor.name: (tensor.shape, tensor.type_name) for tensor in plan.tensors}
     written = {name: (info.shape, info.type_name) for name, info in header.tensors.items()}
     if planned != written:
@@ -45,6 +48,8 @@ def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: En
     checks.append("loaded by llama.cpp in a process of its own: logits finite")
     if reference is not None:
         checks.append(_compare_ids(texts, seen.ids, reference, metadata))
+    if folder.is_dir() and (line := check_template(folder, header.metadata)):
+        checks.append(line)
     return tuple(checks)
 
 
@@ -104,3 +109,30 @@ def _tokenizers_encoder(content: str) -> Encode:
         tokenizer.normalizer = None
     tokenizer.encode_special_tokens = True
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def check_template(folder: Path, metadata: Mapping[str, Any]) -> str:
+    """The receipt's line on the chat template, against the checkpoint's own; TokenizerError if it is lost."""
+    theirs, ours = stored_template(folder), metadata.get("tokenizer.chat_template")
+    if theirs is None:
+        return ""
+    if ours is None:
+        raise TokenizerError("the chat template of the checkpoint didn't get into the file; please report this")
+    if not same_prompts(theirs, ours):
+        raise TokenizerError("the chat template in the file renders another prompt than the checkpoint's; report this")
+    return "chat template: renders the checkpoint's prompts"
+
+
+def stored_template(folder: Path) -> str | None:
+    """The default chat template as the checkpoint's files have it."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found: Any = None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if found is None and (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = content.get("chat_template") if isinstance(content, dict) else None
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found.strip() else None

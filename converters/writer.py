@@ -74,11 +74,10 @@ class Writer:
         self.out = out
         self.partial = partial_path(out)
         self.n_kept = 0
+        self._arch, self._metadata = arch, dict(metadata)
         self._header = _header_bytes(arch, metadata, tensors)
         self._tensors = tensors
-        self._journal = Journal(
-            Path(f"{self.partial}.journal"), job_id(self._header, inputs, f"{__version__} {settings}")
-        )
+        self._journal = Journal(journal_path(self.partial), job_id(self._header, inputs, f"{__version__} {settings}"))
         self._resume, self._committed, self._n_finished = resume, False, 0
         self._file: BinaryIO = io.BytesIO()  # until __enter__ opens the real one
 
@@ -104,7 +103,8 @@ class Writer:
     def _go_on_after(self, finished: list[tuple[str, str]]) -> None:
         last = self._tensors[len(finished) - 1]
         self._file = self.partial.open("r+b")
-        self._file.write(bytes(len(_MAGIC)))  # a kill just before the end leaves it written
+        # A kill just before the end leaves the magic written, and a receipt.
+        self._file.write(bytes(len(_MAGIC)) + self._header[len(_MAGIC) :])
         self._file.truncate(self._starts()[last.name] + last.n_bytes)
         self._file.seek(0, os.SEEK_END)
         self.n_kept = self._n_finished = len(finished)
@@ -115,8 +115,6 @@ class Writer:
             return []
         starts, whole = self._starts(), []
         with self.partial.open("rb") as file:
-            if file.read(len(self._header))[len(_MAGIC) :] != self._header[len(_MAGIC) :]:
-                return []
             for tensor, (name, digest) in zip(self._tensors, self._journal.read(), strict=False):
                 if name != tensor.name or digest_of(file, starts[name], tensor.n_bytes) != digest:
                     break
@@ -161,6 +159,16 @@ class Writer:
             self._file.close()
         return self.partial
 
+    def amend(self, metadata: Mapping[str, Any]) -> None:
+        """Other values for entries of the finished file; each must take as many bytes as the one before."""
+        header = _header_bytes(self._arch, {**self._metadata, **metadata}, self._tensors)
+        if len(header) != len(self._header):
+            raise ValueError("an amended entry has another size")
+        with _disk_errors(self.partial), self.partial.open("r+b") as file:
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+
     def commit(self) -> None:
         """Give the checked file its name."""
         with _disk_errors(self.out):
@@ -188,6 +196,11 @@ class Writer:
 def partial_path(out: Path) -> Path:
     """Where `out` is written before it gets its name."""
     return out.with_name(out.name + ".partial")
+
+
+def journal_path(partial: Path) -> Path:
+    """Where it is noted what of a partial file is finished."""
+    return Path(f"{partial}.journal")
 
 
 def _header_bytes(arch: str, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> bytes:

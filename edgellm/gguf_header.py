@@ -11,7 +11,8 @@ import mmap
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,13 +95,23 @@ class GGUFHeader:
         return str(self.metadata.get("general.architecture", ""))
 
 
-def read_header(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
-    """Metadata and tensor positions of a GGUF. ModelFileError: no such file, not a GGUF, truncated, malformed.
+_vouched: set[Path] = set()
 
-    unfinished: the converter looks at its own `.partial` file, which is nobody's model before it is checked.
-    """
+
+@contextmanager
+def vouched(path: Path) -> Iterator[None]:
+    """Within it the converter may look at its own `.partial` file, which is nobody else's model yet."""
+    _vouched.add(path)
+    try:
+        yield
+    finally:
+        _vouched.discard(path)
+
+
+def read_header(path: str | Path) -> GGUFHeader:
+    """Metadata and tensor positions of a GGUF. ModelFileError: no such file, not a GGUF, truncated, malformed."""
     path = Path(path)
-    if path.suffix == ".partial" and not unfinished:
+    if path.suffix == ".partial" and path not in _vouched:
         raise ModelFileError(f"{path} is what an interrupted conversion left; convert again (--resume goes on with it)")
     try:
         n_bytes = path.stat().st_size
@@ -115,9 +126,9 @@ def read_header(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
         raise ModelFileError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
 
 
-def check_loadable(path: str | Path, *, unfinished: bool = False) -> GGUFHeader:
+def check_loadable(path: str | Path) -> GGUFHeader:
     """The header of a file that llama.cpp can be given; ModelFileError where its native code would abort."""
-    header = read_header(path, unfinished=unfinished)
+    header = read_header(path)
     if not header.architecture:
         raise ModelFileError(f"{header.path} has no general.architecture: it is no model file")
     if header.metadata.get("general.type", "model") not in ("model", "mmproj"):

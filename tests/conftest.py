@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import converters  # noqa: F401 - its module `convert`, behind the function of that name
 import edgellm
 
 N_CTX = 1024
+
+# Hundreds of tests convert something; those about the measured receipt, and all command lines, ask for it.
+sys.modules["converters.convert"].DEFAULT_RECEIPT = "fast"  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from converters.sources import open_source
 from converters.writer import Writer, check_output
 from edgellm.errors import AdapterError
 from edgellm.gguf_adapter import WITHOUT_LORA
-from edgellm.gguf_header import read_header
+from edgellm.gguf_header import read_header, vouched
 from edgellm.measure.divergence import Estimate
 
 
@@ -98,7 +98,9 @@ def _export(
         for tensor in tensors:
             assert tensor.computed is not None
             writer.write(tensor, [tensor.computed.reshape(-1).view(np.uint8)])
-        read_header(writer.finish(), unfinished=True)
+        partial = writer.finish()
+        with vouched(partial):
+            read_header(partial)
         writer.commit()
     ranks = [values.shape[-2] for name, values in pairs if name.endswith(".lora_a") and "token_embd" not in name]
     return AdapterReceipt(

@@ -67,8 +67,11 @@ def choose_types(
     file_type: FileType,
     model: ModelShape,
     overrides: Sequence[tuple[re.Pattern[str], str]] = (),
+    with_importance: bool = False,
 ) -> dict[str, Choice]:
     """A type for every tensor of `shapes` (GGUF name → shape, rows first).
+
+    with_importance: the quantizers will be given an importance matrix, and some recipes then choose otherwise.
 
     overrides: (pattern, type) pairs; the first whose pattern is found in the name decides, as with llama.cpp's
     --tensor-type. They count for tensors that may be quantized at all.
@@ -85,7 +88,7 @@ def choose_types(
         manual = next((type_name for pattern, type_name in overrides if pattern.search(name)), None)
         wanted = manual or file_type.base
         if manual is None and block_size(file_type.base) > 1:
-            wanted = _recipe_type(name, shape, file_type, model, tied, counters, n_value_tensors)
+            wanted = _recipe_type(name, shape, file_type, model, tied, counters, n_value_tensors, with_importance)
         chosen[name] = Choice(_fitting(wanted, shape[-1]), wanted)
     return chosen
 
@@ -135,6 +138,7 @@ def _recipe_type(
     tied: bool,
     counters: dict[str, int],
     n_value_tensors: int,
+    with_importance: bool,
 ) -> str:
     kind = _kind(name)
     if kind == "output" or (tied and kind == "token_embd"):
@@ -148,7 +152,7 @@ def _recipe_type(
     if kind == "ffn_down":
         i = layer_of(name) if model.n_expert > 1 else counters["ffn_down"]
         counters["ffn_down"] += 1
-        return _ffn_down_type(i, file_type, model)
+        return _ffn_down_type(i, file_type, model, with_importance)
     if kind == "attn_output":
         return _attn_output_type(file_type, model)
     return file_type.base
@@ -181,7 +185,7 @@ def _value_type(i: int, n: int, file_type: FileType, model: ModelShape) -> str:
     return "Q8_0" if model.n_expert == 8 else chosen
 
 
-def _ffn_down_type(i: int, file_type: FileType, model: ModelShape) -> str:
+def _ffn_down_type(i: int, file_type: FileType, model: ModelShape, with_importance: bool) -> str:
     n, falcon = model.n_layer, model.architecture == "falcon"
     more_bits = _more_bits(i, n)
     match file_type.name:
@@ -197,8 +201,10 @@ def _ffn_down_type(i: int, file_type: FileType, model: ModelShape) -> str:
             return "Q6_K" if i < n // 16 else "Q5_K" if more_bits else "Q4_K"
         case "Q4_K_M" | "Q5_K_M" if more_bits:
             return "Q6_K"
-        case "IQ4_NL" | "IQ4_XS" if i < n // 8:
+        case "IQ4_NL" | "IQ4_XS" if i < n // 8 and not with_importance:
             return "Q5_K"
+        case "Q4_0" | "Q5_0" if i < n // 8 and with_importance:
+            return file_type.base.replace("_0", "_1")
         case "Q4_K_S" if not falcon and i < n // 8:
             return "Q5_K"
     return file_type.base

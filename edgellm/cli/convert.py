@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,6 +48,24 @@ def convert(
     rank: Annotated[
         int, typer.Option(min=1, help="With --adapter-only: rank for what is no low-rank product by itself (DoRA).")
     ] = 64,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|self", help="Collect an importance matrix on a text, or on one the model writes."),
+    ] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Use this importance matrix (llama.cpp's file).")] = None,
+    save_imatrix: Annotated[
+        Path | None, typer.Option("--save-imatrix", help="Also write the collected matrix as llama.cpp's file.")
+    ] = None,
+    receipt: Annotated[
+        str,
+        typer.Option(
+            help="full: measure the result against the original; fast: check it; off; auto: full if "
+            "disk and time allow."
+        ),
+    ] = "auto",
+    receipt_text: Annotated[
+        str | None, typer.Option("--receipt-text", metavar="FILE|self", help="What to measure on, not our own text.")
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
     ] = False,
@@ -79,7 +97,7 @@ def convert(
             return
         target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
         with progress_bar("converting") as on_progress:
-            receipt = converters.convert(
+            made = converters.convert(
                 source,
                 target,
                 quant=quant,
@@ -87,6 +105,11 @@ def convert(
                 pre=pre,
                 adapters=merged,
                 merge_base=merge_base,
+                calibrate=calibrate,
+                imatrix=imatrix,
+                save_imatrix=save_imatrix,
+                receipt=receipt,
+                receipt_text=receipt_text,
                 force=force,
                 resume=resume,
                 n_threads=threads,
@@ -94,7 +117,7 @@ def convert(
             )
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
-    print_receipt(receipt, as_json)
+    print_receipt(made, as_json)
 
 
 def _export_adapter(
@@ -182,9 +205,27 @@ def print_receipt(receipt: Any, as_json: bool = False) -> None:
     if receipt.n_fallback:
         tensors = "1 tensor has" if receipt.n_fallback == 1 else f"{receipt.n_fallback} tensors have"
         lines.append(f"  note      {tensors} rows that don't fit the recipe's type; the nearest type is used")
-    lines += [f"  note      {note}" for note in receipt.notes]
+    lines += [f"  weighed   {receipt.calibration}"] if receipt.calibration else []
+    lines += [f"  note      {note}" for note in (*receipt.notes, *receipt.run_notes)]
     lines += [f"  checked   {check}" for check in receipt.checks]
+    lines += [f"  measured  {line}" for line in quality_lines(receipt.quality)]
     typer.echo("\n".join(lines))
+
+
+def quality_lines(quality: Mapping[str, Any]) -> list[str]:
+    """What a receipt says about the quality, in plain words."""
+    found = quality.get("measured")
+    if not found:
+        return [] if quality.get("level") == "off" else [f"nothing of the quality: {quality.get('reason')}"]
+    where = f"{found['n_tokens']} tokens of {quality['text']}"
+    if "kld" not in found:
+        return [f"perplexity {found['perplexity']:.2f} over {where}; nothing is lost"]
+    n_same = round(100 * found["same_top"])
+    return [
+        f"the quantized model picks the same next word {n_same} times in 100 ({where})",
+        f"KL divergence {found['kld']['mean']:.4f} ± {found['errors']['kld']['mean']:.4f}, 99 % below "
+        f"{found['kld']['p99']:.2f}; perplexity {found['perplexity']:.2f}, {found['ppl_ratio']:.3f} × the original's",
+    ]
 
 
 def print_plan(plan: Any, as_json: bool) -> None:

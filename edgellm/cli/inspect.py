@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgellm.cli.convert import load_converters, size
+from edgellm.cli.convert import load_converters, quality_lines, size
 
 _MAX_TEXT = 96  # characters of a metadata value shown in the table
 
@@ -39,7 +39,7 @@ def _describe_gguf(path: Path) -> dict[str, Any]:
     from edgellm.gguf_header import read_header
 
     header = read_header(path)
-    kind = "adapter" if header.metadata.get("general.type") == "adapter" else "model"
+    kind = header.metadata.get("general.type", "model")  # model, adapter, imatrix, mmproj
     rows = [
         {"name": i.name, "shape": list(i.shape), "type": i.type_name, "n_bytes": i.n_bytes}
         for i in header.tensors.values()
@@ -64,7 +64,9 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _readable(value: Any) -> Any:
-    """Metadata that JSON can carry: text with bytes that are no UTF-8 shows them replaced."""
+    """Metadata that JSON can carry: bytes that are no UTF-8 replaced, figures that are none (NaN) left out."""
+    if isinstance(value, float) and not isfinite(value):
+        return None
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return [_readable(item) for item in value] if isinstance(value, list) else value
@@ -82,6 +84,8 @@ def _print(found: dict[str, Any], with_tensors: bool) -> None:
     console.print(
         Text(f"{found['kind']}, {size(found['n_bytes'])}, {found['n_parameters'] / 1e6:.1f} M parameters{bits}")
     )
+    for line in _receipt_lines(found["metadata"]):
+        console.print(Text(line))
     metadata = Table("key", "value", title="metadata", title_justify="left")
     for key, value in found["metadata"].items():
         metadata.add_row(Text(key), Text(_short(value)))
@@ -97,9 +101,18 @@ def _print(found: dict[str, Any], with_tensors: bool) -> None:
         console.print(table)
 
 
+def _receipt_lines(metadata: dict[str, Any]) -> list[str]:
+    """What edgellm measured when it made the file, in plain words."""
+    try:
+        receipt = json.loads(metadata.get("edgellm.receipt.json", "{}"))
+        return [f"when it was made: {line}" for line in quality_lines(receipt.get("quality", {}))] if receipt else []
+    except (ValueError, TypeError, KeyError, AttributeError):  # somebody else's key
+        return []
+
+
 def _short(value: Any) -> str:
     if isinstance(value, list):
         text = f"[{len(value)}] " + ", ".join(map(repr, value[:4])) + (" …" if len(value) > 4 else "")
     else:
-        text = str(value).replace("\n", "⏎")
+        text = str(value).rstrip().replace("\n", "⏎")
     return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"

@@ -23,6 +23,8 @@ from edgellm.native.model import NativeModel
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgellm.native.observe import InputWatch
+
 DecodeProgress = Callable[[int, int], object]  # (tokens done, tokens in all); returning False cancels
 
 _KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # ggml type ids
@@ -41,10 +43,19 @@ class Context:
     """A `llama_context` with one sequence.
 
     n_outputs: at how many positions of one decode call logits may be asked for; it costs a buffer of
-    n_outputs × n_vocab floats. embeddings: make a context for `embedding` instead of text.
+    n_outputs × n_vocab floats. embeddings: make a context for `embedding` instead of text. watch: is shown what goes
+    into the weights' products (see observe.py).
     """
 
-    def __init__(self, model: NativeModel, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        params: LoadParams,
+        *,
+        n_outputs: int = 1,
+        embeddings: bool = False,
+        watch: InputWatch | None = None,
+    ) -> None:
         self._lib = lib = library.load()
         self.model = model
         self.tokens: list[int] = []
@@ -60,6 +71,9 @@ class Context:
             native_params.embeddings = True
             if not model.names_pooling:
                 native_params.pooling_type = lib.LLAMA_POOLING_TYPE_MEAN
+        self._watch = watch  # ctypes keeps no reference to its callback
+        if watch:
+            native_params.cb_eval = watch.callback
         native_params.abort_callback = self._abort_callback
         native_params.abort_callback_data = ctypes.addressof(abort_flag)
         library.forget_errors()

@@ -23,7 +23,7 @@ _SLAB_WEIGHTS = 1 << 18  # a slab is some 10 ms of work for the slowest types: s
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def base_library() -> ctypes.CDLL:
     """libggml-base, which lies beside llama.cpp's own library."""
     bindings = library.load()
     ggml: ctypes.CDLL = bindings.load_shared_library("ggml-base", Path(bindings.__file__).parent / "lib")
@@ -76,7 +76,7 @@ def quantize_rows(
         if importance.shape != (n_per_row,):
             raise ValueError(f"importance has shape {importance.shape}, expected {(n_per_row,)}")
     importance_pointer = None if importance is None else importance.ctypes.data
-    quantize_chunk = _library().ggml_quantize_chunk
+    quantize_chunk = base_library().ggml_quantize_chunk
 
     def quantize_slab(start: int, stop: int) -> None:
         source, target = rows[start:stop], out[start:stop]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,10 +44,11 @@ def llama_quantize(
     source: Path,
     out: Path,
     file_type: int,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
     overrides: Sequence[tuple[str, str]] = (),
     allow_requantize: bool = False,
 ) -> None:
-    """llama.cpp's `llama_model_quantize`, without an importance matrix. overrides: (pattern, type name) pairs."""
+    """llama.cpp's `llama_model_quantize`. importance: name → means (matrices, columns). overrides: (pattern, type)."""
     api.llama_log_set(_quiet, ctypes.c_void_p(0))
     params = api.llama_model_quantize_default_params()
     params.ftype = file_type
@@ -57,6 +58,13 @@ def llama_quantize(
         entry.pattern, entry.type = pattern.encode(), int(gguf.GGMLQuantizationType[type_name])
     if overrides:
         params.tt_overrides = table
+    entries = importance or {}
+    means = (api.llama_model_imatrix_data * (len(entries) + 1))()
+    for found, (name, values) in zip(means, entries.items(), strict=False):
+        found.name, found.size = name.encode(), values.size
+        found.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if entries:
+        params.imatrix = means
     assert api.llama_model_quantize(str(source).encode(), str(out).encode(), params) == 0
 
 

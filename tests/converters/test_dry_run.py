@@ -108,7 +108,9 @@ def test_receipt_as_json(model: Path, tmp_path: Path) -> None:
     assert receipt["source_bytes"] == (model / "model.safetensors").stat().st_size - _header(model)
     assert receipt["quant"] == "Q4_K_M"
     assert receipt["n_fallback"] == sum(t.type_name != t.wanted_type for t in plan(model, quant="Q4_K_M").tensors)
-    assert len(receipt["checks"]) == 3
+    assert len(receipt["checks"]) == 5
+    assert receipt["quality"]["level"] == "full"
+    assert 0 < receipt["quality"]["measured"]["kld"]["mean"] < 1
 
 
 def _header(model: Path) -> int:

@@ -34,14 +34,15 @@ def at_tensor(name, done, total, count=[0]):
 def around(owner, name):
     inner = getattr(owner, name)
     def wrapped(*arguments, **named):
-        if at == f"before {name}": die()
+        ours = owner is not Writer or str(arguments[0].out) == out  # the original is written too
+        if ours and at == f"before {name}": die()
         result = inner(*arguments, **named)
-        if at == f"after {name}": die()
+        if ours and at == f"after {name}": die()
         return result
     setattr(owner, name, wrapped)
 
 sys.modules["converters.convert"].verify = sys.modules["converters.verify"].verify
-for name in ("__enter__", "finish", "commit"):
+for name in ("__enter__", "finish", "amend", "commit"):
     around(Writer, name)
 around(sys.modules["converters.convert"], "verify")
 if at == "within a tensor":
@@ -59,11 +60,11 @@ convert(source, out, quant="Q8_0", force=True, resume=True, on_progress=at_tenso
 """
 MOMENTS = [
     "before __enter__", "after __enter__", "tensor 0", "tensor 1", "tensor 7", "within a tensor", "tensor 15",
-    "tensor 20", "before finish", "after finish", "before verify", "after verify", "before commit",
+    "tensor 20", "before finish", "after finish", "before verify", "after verify", "before amend", "before commit",
 ]  # fmt: skip
 
 # from here on every byte is written and only the checks are to come
-WHOLE = ("after finish", "before verify", "after verify", "before commit")
+WHOLE = ("after finish", "before verify", "after verify", "before amend", "before commit")
 
 
 def convert_until(source: Path, out: Path, at: str, signal_name: str = "SIGKILL") -> subprocess.CompletedProcess[bytes]:
@@ -86,7 +87,12 @@ def test_killed(tiny_llama: Path, earlier: bytes, moment: str, tmp_path: Path) -
     out.write_bytes(earlier)
     assert convert_until(tiny_llama, out, moment).returncode == -signal.SIGKILL
     assert out.read_bytes() == earlier
-    assert {path.name for path in tmp_path.iterdir()} <= {"out.gguf", "out.gguf.partial", "out.gguf.partial.journal"}
+    names = {path.name.replace(".original", "") for path in tmp_path.iterdir()}
+    assert names <= {"out.gguf", "out.gguf.partial", "out.gguf.partial.journal"}
+    original = tmp_path / "out.gguf.original.partial"
+    assert original.exists() == (moment == "before amend")
+    if original.exists():
+        assert_no_model(original, whole=True)
     if partial.exists():
         assert_no_model(partial, whole=moment in WHOLE)
 

@@ -77,7 +77,7 @@ def test_equals_one_call_of_ggml(name: str, weights: NDArray[np.float32]) -> Non
     rows = weights[: 600 if name.startswith(("IQ", "Q2", "Q3")) else N_ROWS]  # the slow types
     rows = np.concatenate([rows] * (-(-N_ROWS // len(rows))))[:N_ROWS]
     expected = np.empty((len(rows), ggml.row_bytes(TYPE_IDS[name], N_PER_ROW)), dtype=np.uint8)
-    n = ggml._library().ggml_quantize_chunk(
+    n = ggml.base_library().ggml_quantize_chunk(
         TYPE_IDS[name], rows.ctypes.data, expected.ctypes.data, 0, len(rows), N_PER_ROW, ctypes.c_void_p(0)
     )
     assert n == expected.nbytes
@@ -90,7 +90,7 @@ def test_importance_reaches_ggml(name: str, weights: NDArray[np.float32]) -> Non
     rows = np.ascontiguousarray(weights[12:80])
     importance = np.random.default_rng(1).uniform(0.01, 9, N_PER_ROW).astype(np.float32)
     expected = np.empty((len(rows), ggml.row_bytes(TYPE_IDS[name], N_PER_ROW)), dtype=np.uint8)
-    ggml._library().ggml_quantize_chunk(
+    ggml.base_library().ggml_quantize_chunk(
         TYPE_IDS[name], rows.ctypes.data, expected.ctypes.data, 0, len(rows), N_PER_ROW, importance.ctypes.data
     )
     assert np.array_equal(ggml.quantize_rows(rows, TYPE_IDS[name], importance=importance), expected)

@@ -40,7 +40,7 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def _make(config: dict[str, Any], root: Path) -> tuple[Path, Path]:
     tiny.make_model(root / "model", **config)
-    convert(root / "model", root / "f32.gguf", quant="F32")
+    convert(root / "model", root / "f32.gguf", quant="F32", receipt="off")
     return root / "model", root / "f32.gguf"
 
 
@@ -68,7 +68,7 @@ def test_types_and_bytes_equal_llama_model_quantize(model: tuple[Path, Path], qu
 def test_files_equal_llama_model_quantize(one_layer: tuple[Path, Path], quant: str, tmp_path: Path) -> None:
     """The same through the whole of `convert`, file against file, metadata included."""
     folder, f32 = one_layer
-    convert(folder, tmp_path / "ours.gguf", quant=quant)
+    convert(folder, tmp_path / "ours.gguf", quant=quant, receipt="off")
     reference.llama_quantize(f32, tmp_path / "theirs.gguf", FILE_TYPES[quant].number)
     _assert_equal(*(reference.tensors(tmp_path / f"{who}.gguf") for who in ("ours", "theirs")))
     ours, theirs = (reference.metadata(tmp_path / f"{who}.gguf") for who in ("ours", "theirs"))
@@ -89,7 +89,7 @@ def test_type_overrides_equal_llama_cpps(quant: str, tmp_path_factory: pytest.Te
     root = tmp_path_factory.mktemp("overrides")
     folder, f32 = _make(BASE | {"num_hidden_layers": 4}, root)
     overrides = OVERRIDES[quant]
-    reference.llama_quantize(f32, root / "theirs.gguf", FILE_TYPES[quant].number, overrides)
+    reference.llama_quantize(f32, root / "theirs.gguf", FILE_TYPES[quant].number, overrides=overrides)
     _assert_equal(_planned(folder, quant, overrides), reference.tensors(root / "theirs.gguf"))
 
 

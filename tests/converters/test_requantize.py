@@ -26,7 +26,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }  # fmt: skip
     tiny.make_model(root / "model", vocab_size=1000, hidden_size=256, tie_word_embeddings=True, rope_parameters=rope)
     for quant in ("F32", "F16", "BF16", "Q4_1", "Q8_0", "Q6_K"):
-        convert(root / "model", root / f"{quant}.gguf", quant=quant)
+        convert(root / "model", root / f"{quant}.gguf", quant=quant, receipt="off")
     return {quant: root / f"{quant}.gguf" for quant in ("F32", "F16", "BF16", "Q4_1", "Q8_0", "Q6_K")}
 
 
@@ -35,7 +35,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_unquantized_source_as_llama_model_quantize(
     sources: dict[str, Path], source: str, quant: str, tmp_path: Path
 ) -> None:
-    receipt = convert(sources[source], tmp_path / "ours.gguf", quant=quant)
+    receipt = convert(sources[source], tmp_path / "ours.gguf", quant=quant, receipt="off")
     reference.llama_quantize(sources[source], tmp_path / "theirs.gguf", FILE_TYPES[quant].number, allow_requantize=True)
     ours, theirs = (reference.tensors(tmp_path / f"{who}.gguf") for who in ("ours", "theirs"))
     assert ours == theirs
@@ -71,7 +71,7 @@ def test_same_type_again_changes_next_to_nothing(sources: dict[str, Path], tmp_p
 def test_type_overrides_and_dry_run(sources: dict[str, Path], tmp_path: Path) -> None:
     overrides = (("ffn_down", "Q8_0"), ("attn_(q|k)", "Q5_K"))
     convert(sources["F32"], tmp_path / "ours.gguf", quant="Q4_K_M", types=overrides)
-    reference.llama_quantize(sources["F32"], tmp_path / "theirs.gguf", FILE_TYPES["Q4_K_M"].number, overrides)
+    reference.llama_quantize(sources["F32"], tmp_path / "theirs.gguf", FILE_TYPES["Q4_K_M"].number, overrides=overrides)
     ours = reference.tensors(tmp_path / "ours.gguf")
     assert ours == reference.tensors(tmp_path / "theirs.gguf")
     planned = plan(sources["F32"], quant="Q4_K_M", types=overrides)

@@ -27,7 +27,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tensors that are computed from here on."""
     import sys
 
-    module, names = sys.modules["converters.convert"], []
+    module, names = sys.modules["converters.original"], []
     original = module.produce
 
     def counted(*arguments):  # type: ignore[no-untyped-def]
@@ -40,7 +40,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def resume(source: Path, out: Path, **options: object) -> tuple[str, ...]:
-    return convert(source, out, quant="Q8_0", force=True, resume=True, **options).notes  # type: ignore[arg-type]
+    return convert(source, out, quant="Q8_0", force=True, resume=True, **options).run_notes  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_another_job_starts_anew(stopped: Path, computed: list[str], change: str
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.25}))
     quant = "Q5_0" if change == "recipe" else "Q8_0"
-    notes = convert(source, stopped, quant=quant, resume=True).notes
+    notes = convert(source, stopped, quant=quant, resume=True).run_notes
     assert "nothing to resume: converted from the start" in notes
     assert len(computed) == len(json_plan(source))
     convert(source, tmp_path / "again.gguf", quant=quant)
@@ -149,7 +149,7 @@ def test_another_job_starts_anew(stopped: Path, computed: list[str], change: str
 
 
 def test_without_resume_it_starts_anew(stopped: Path, computed: list[str], tmp_path: Path) -> None:
-    assert not any("resume" in note for note in convert(tmp_path / "source", stopped, quant="Q8_0").notes)
+    assert not any("resume" in note for note in convert(tmp_path / "source", stopped, quant="Q8_0").run_notes)
     assert len(computed) == len(json_plan(tmp_path / "source"))
 
 
@@ -157,7 +157,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_llama: Path, quiet: bytes, computed:
     out = tmp_path / "out.gguf"
     assert convert_until(tiny_llama, out, "tensor 9", "SIGINT").returncode == -signal.SIGINT
     assert len(journaled(out)) == 9
-    result = run("convert", tiny_llama, "-o", out, "-q", "Q8_0", "--resume")
+    result = run("convert", tiny_llama, "-o", out, "-q", "Q8_0", "--resume", "--receipt", "fast")
     assert "resumed: 9 of" in result.stdout
     assert out.read_bytes() == quiet
 

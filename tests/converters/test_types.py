@@ -16,7 +16,7 @@ Q8_1 = 9  # a type of activations, never in a file: gguf 0.19 says 40 bytes a bl
 
 
 def test_every_type_has_ggmls_own_name_and_sizes() -> None:
-    library = ggml._library()
+    library = ggml.base_library()
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_type_size.restype = ctypes.c_size_t
     library.ggml_blck_size.restype = ctypes.c_int64

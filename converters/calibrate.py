@@ -1,0 +1,73 @@
+"""The importance matrix of a conversion: read from a file, from the cache, or collected from the original."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from converters.original import Original
+from converters.prepare import Inputs
+from converters.quantize.importance import Importance, collect_importance, read_importance, write_importance
+from edgellm.errors import CheckpointError, OutputError
+from edgellm.measure.texts import SELF, read_samples
+
+OnProgress = Callable[[str, int, int], None]
+
+_N_CTX = 512
+_SELF_CHUNKS = 16
+_VERSION = 1  # of what is collected: another one makes older cache files unknown
+
+
+def calibrate(
+    inputs: Inputs,
+    original: Original,
+    text: str | Path,
+    *,
+    n_threads: int = 0,
+    on_progress: OnProgress | None = None,
+) -> tuple[Importance, bool]:
+    """The importance of the original's columns on a text ("self": one that it writes), and whether it was cached."""
+    path = _cache_path(inputs, text)
+    with suppress(CheckpointError):
+        return read_importance(path), True
+    n_chunks = _SELF_CHUNKS if text == SELF else None
+    samples = read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
+    name = SELF if text == SELF else Path(text).name
+    importance = collect_importance(original.path, samples, name, n_threads=n_threads, on_progress=on_progress)
+    with suppress(OSError):  # a cache that can't be written costs only time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(importance, path)
+    return importance, False
+
+
+def save_importance(importance: Importance, path: Path) -> None:
+    """Write llama.cpp's file. OutputError where that fails."""
+    try:
+        _write(importance, path)
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+
+
+def _write(importance: Importance, path: Path) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write_importance(importance, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cache_path(inputs: Inputs, text: str | Path) -> Path:
+    """Named by the contents of all the statistics depend on: weights, configuration, tokenizer, adapters, text."""
+    digest = hashlib.sha256(f"{_VERSION} {inputs.pre} {inputs.settings} {text if text == SELF else ''}".encode())
+    for place in (*inputs.files, inputs.source.tokenizer_folder, *([] if text == SELF else [Path(text)])):
+        files = [place] if place.is_file() else sorted(place.glob("*"))
+        for file in (file for file in files if file.is_file()):
+            with file.open("rb") as opened:
+                digest.update(file.suffix.encode() + hashlib.file_digest(opened, "sha256").digest())
+    return user_cache_path("edgellm") / "statistics" / f"{digest.hexdigest()[:32]}.gguf"

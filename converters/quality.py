@@ -1,0 +1,125 @@
+"""What a conversion did to the model: llama.cpp's answers against the checkpoint's own, and the quantized file's
+against the unquantized one's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.forward import can_run, forward
+from converters.original import Original
+from converters.plan import Plan
+from converters.prepare import Inputs
+from edgellm.config import physical_cpu_count
+from edgellm.errors import CheckpointError
+from edgellm.measure.child import Request, measure_in_child
+from edgellm.measure.divergence import Rows, kl_divergence, log_softmax
+
+LEVELS = ("auto", "full", "fast", "off")
+TEXT = Path(__file__).with_name("receipt_text.txt")
+_N_CTX, _N_CHUNKS = 256, 4
+_N_FORWARD = 48  # tokens of our own forward pass
+_LOSSLESS = ("F32", "F16", "BF16")
+_SECONDS = 180.0  # more than this isn't measured unless asked for
+_FLOPS_PER_CORE = 25e9  # of prompt evaluation in F16, measured on two cores; only to guess the time
+# KLD between our forward pass and llama.cpp on the original in F16: 1e-6 … 1e-4 measured, a wrong theta gives 1e-2
+_SAME_FUNCTION = 2e-3
+
+
+@dataclass(frozen=True)
+class Quality:
+    """level: what was done, and reason: why. text: the name of what it was measured on. measured: an Evaluation as
+    plain data. forward_kld: of llama.cpp on the original from our own forward pass, None where the family has none.
+    """
+
+    level: str
+    reason: str
+    text: str = ""
+    measured: dict[str, Any] | None = None
+    forward_kld: float | None = None
+
+
+def decide(asked: str, inputs: Inputs, planned: Plan, original: Original, out: Path) -> tuple[str, str]:
+    """("full" | "fast" | "off", why)."""
+    if asked not in LEVELS:
+        raise ValueError(f"unknown receipt {asked!r}; choose one of {', '.join(LEVELS)}")
+    if asked != "auto":
+        return asked, "as asked"
+    why_not = _why_not(inputs, planned, original, out)
+    return ("fast", why_not) if why_not else ("full", "there is room and time for it")
+
+
+def _why_not(inputs: Inputs, planned: Plan, original: Original, out: Path) -> str:
+    if "tokenizer.ggml.tokens" not in inputs.source.metadata and inputs.is_gguf:
+        return "the file has no vocabulary"
+    if any(key.endswith((".pooling_type", ".attention.causal")) for key in planned.metadata):
+        return "an embedding model predicts no tokens"
+    seconds = 4 * 2.0 * planned.n_parameters * _N_CTX * _N_CHUNKS / (_FLOPS_PER_CORE * physical_cpu_count())
+    if seconds > _SECONDS:
+        return f"it would take some {seconds / 60:.0f} minutes"
+    free = shutil.disk_usage(out.parent).free
+    if original.n_bytes > free:
+        return f"the original takes {original.n_bytes / 1e9:.1f} GB beside the output, {free / 1e9:.1f} GB are free"
+    return ""
+
+
+def measure(
+    inputs: Inputs, planned: Plan, original: Original, written: Path, text: str | Path | None, reason: str
+) -> tuple[Quality, str]:
+    """What was measured of the written file, and a line on what was checked by it.
+
+    CheckpointError where llama.cpp computes something else than the checkpoint, or nothing of sense.
+    """
+    lossless = planned.file_type.base in _LOSSLESS
+    exact = written if lossless else original.path
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "log_probs.npy"
+        answer = measure_in_child(
+            Request(
+                model=str(written),
+                reference=None if lossless else str(exact),
+                exact=str(exact),
+                text=str(text or TEXT),
+                n_ctx=_N_CTX,
+                n_chunks=_N_CHUNKS,
+                n_kept=_N_FORWARD,
+                kept=str(kept),
+            )
+        )
+        forward_kld = _check_function(inputs, answer["tokens"], np.load(kept))
+    measured = answer["measured"]
+    _check_sense(measured.get("reference_perplexity", measured["perplexity"]), planned.sizes.get("n_vocab", 0))
+    line = "function: no forward pass of our own for this family; the perplexity makes sense"
+    if forward_kld is not None:
+        line = f"function: llama.cpp answers as our own forward pass over the checkpoint does (KLD {forward_kld:.1g})"
+    name = "a text of ours" if text is None else Path(text).name
+    return Quality("full", reason, name, measured, forward_kld), line
+
+
+def _check_function(inputs: Inputs, tokens: list[int], found: Rows) -> float | None:
+    """KLD of llama.cpp's log-probabilities on the unquantized model from those of our own forward pass."""
+    if not can_run(inputs.source, len(tokens)):
+        return None
+    expected = log_softmax(forward(inputs.source, tokens))
+    kld = float(kl_divergence(expected, found[:, : expected.shape[1]]).mean())
+    if not kld < _SAME_FUNCTION:
+        raise CheckpointError(
+            f"llama.cpp computes something else than the checkpoint: KL divergence {kld:.3g} from a forward pass of "
+            "our own, where rounding gives 0.0001; the conversion of this model is wrong, please report it"
+        )
+    return kld
+
+
+def _check_sense(perplexity: float, n_vocab: int) -> None:
+    """Worse than guessing by far: something is broken, whatever the text. A model without training only guesses."""
+    if not np.isfinite(perplexity) or (n_vocab and perplexity > 20 * n_vocab):
+        raise CheckpointError(
+            f"the converted model is far worse than guessing (perplexity {perplexity:.3g} with {n_vocab} tokens): its "
+            "weights or its settings are damaged, or wrongly converted"
+        )

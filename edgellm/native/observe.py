@@ -1,0 +1,156 @@
+"""What goes into each weight's matrix product, seen through llama.cpp's evaluation callback.
+
+The callback gets pointers to `ggml_tensor`, whose layout (ggml.h) is checked against the library's own accessors
+before it is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.errors import EdgeLLMError
+from edgellm.native import library
+from edgellm.native.ggml import base_library
+
+_N_SOURCES, _N_DIMS, _N_OP_PARAMS, _N_NAME = 10, 4, 16, 64
+_F32 = 0
+
+
+class _Tensor(ctypes.Structure):
+    """ggml.h's ggml_tensor, as far as it is read. ne: sizes, innermost first; nb: strides in bytes."""
+
+    _fields_ = (
+        ("type", ctypes.c_int32),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * _N_DIMS),
+        ("nb", ctypes.c_size_t * _N_DIMS),
+        ("op", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * _N_OP_PARAMS),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * _N_SOURCES),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * _N_NAME),
+    )
+
+
+# Called with a weight's name; a number of its inputs, the same in calls one after the other that have the same inputs;
+# the inputs, float32 (matrices, rows, columns), a view that is valid only during the call; and for experts the expert
+# of each row, int32 (matrices, rows), else None.
+OnInputs = Callable[[str, int, NDArray[np.float32], NDArray[np.int32] | None], object]
+
+
+class InputWatch:
+    """Shows the inputs of the chosen weights' matrix products while a context decodes.
+
+    wanted: whether a weight (by its GGUF name) is of interest. An exception of `on_inputs` can't cross native code:
+    it is kept, nothing more is shown, and `raise_error` raises it after the decode.
+    """
+
+    def __init__(self, wanted: Callable[[str], bool], on_inputs: OnInputs) -> None:
+        self._wanted, self._on_inputs = wanted, on_inputs
+        self._error: BaseException | None = None
+        self._names: dict[int, str | None] = {}  # address of a weight → its name if wanted
+        self._products = _product_ops()
+        self.callback = library.load().ggml_backend_sched_eval_callback(self._see)
+
+    def raise_error(self) -> None:
+        """The exception that ended the watch, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def _see(self, address: int, ask: bool, _: object) -> bool:
+        try:
+            tensor = _Tensor.from_address(address)
+            is_expert = self._products.get(tensor.op)
+            if is_expert is None or self._error is not None:
+                return not ask
+            name = self._name(tensor.src[0])
+            if name is None:
+                return not ask
+            if not ask:
+                self._show(name, tensor, is_expert)
+        except BaseException as exc:
+            self._error = exc
+        return True
+
+    def _name(self, address: int) -> str | None:
+        if address not in self._names:
+            name = _Tensor.from_address(address).name.decode("utf-8", "replace")
+            self._names[address] = name if self._wanted(name) else None
+        return self._names[address]
+
+    def _show(self, name: str, tensor: _Tensor, is_expert: bool) -> None:
+        source = _Tensor.from_address(tensor.src[1])
+        if source.type != _F32:
+            return
+        inputs = _as_array(source, ctypes.c_float, np.float32)
+        if not is_expert:
+            self._on_inputs(name, tensor.src[1], inputs.reshape(-1, *inputs.shape[-2:]), None)
+            return
+        # inputs: (tokens, 1 or experts used, columns); the experts: (tokens, experts used)
+        experts = _as_array(_Tensor.from_address(tensor.src[2]), ctypes.c_int32, np.int32)[0, 0]
+        rows = np.broadcast_to(inputs[0], (*experts.shape, inputs.shape[-1]))
+        self._on_inputs(name, tensor.src[1], rows.transpose(1, 0, 2), experts.T)
+
+
+def _as_array(tensor: _Tensor, c_type: Any, dtype: Any) -> NDArray[Any]:
+    """A view of a tensor in this process's memory, outermost dimension first, whatever its strides."""
+    n_bytes = sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True)) + ctypes.sizeof(c_type)
+    memory = (ctypes.c_char * n_bytes).from_address(tensor.data)
+    shape, strides = tuple(reversed(tensor.ne)), tuple(reversed(tensor.nb))
+    return np.ndarray(shape, dtype, memory, strides=strides)
+
+
+@cache
+def _product_ops() -> dict[int, bool]:
+    """ggml's numbers of the matrix products → whether it is the one by experts. EdgeLLMError: an unknown layout."""
+    ggml = base_library()
+    ggml.ggml_op_name.restype = ctypes.c_char_p
+    names = {ggml.ggml_op_name(i): i for i in range(60)}
+    _check_layout(ggml)
+    return {names[b"MUL_MAT"]: False, names[b"MUL_MAT_ID"]: True}
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _check_layout(ggml: ctypes.CDLL) -> None:
+    """Make a product in ggml and find its parts where the structure says they are."""
+    pointer = ctypes.c_void_p
+    for function, result, arguments in (
+        ("ggml_init", pointer, [_InitParams]),
+        ("ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
+        ("ggml_mul_mat", pointer, [pointer, pointer, pointer]),
+        ("ggml_set_name", pointer, [pointer, ctypes.c_char_p]),
+        ("ggml_get_data", pointer, [pointer]),
+        ("ggml_free", None, [pointer]),
+    ):
+        getattr(ggml, function).restype = result
+        getattr(ggml, function).argtypes = arguments
+    context = ggml.ggml_init(_InitParams(1 << 16, None, False))
+    try:
+        a, b = (ggml.ggml_new_tensor_2d(context, _F32, 4, n) for n in (3, 2))
+        made = ggml.ggml_mul_mat(context, a, b)
+        ggml.ggml_set_name(made, b"checked")
+        seen = _Tensor.from_address(made)
+        fits = (
+            seen.name == b"checked"
+            and ggml.ggml_op_name(seen.op) == b"MUL_MAT"
+            and (seen.src[0], seen.src[1], seen.src[2]) == (a, b, None)
+            and list(seen.ne) == [3, 2, 1, 1]
+            and list(seen.nb) == [4, 12, 24, 24]
+            and seen.data == ggml.ggml_get_data(made)
+        )
+    finally:
+        ggml.ggml_free(context)
+    if not fits:
+        raise EdgeLLMError("this llama.cpp lays out its tensors otherwise than edgellm knows; install another version")
