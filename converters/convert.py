@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from converters.prepare import AdapterArgument, Inputs, Overrides, metadata_of, 
 from converters.quality import Quality, decide, measure
 from converters.quantize.importance import Importance, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
+from converters.report import tensor_errors, write_report
 from converters.verify import reference_encoder, verify
 from converters.writer import Writer, check_output
 from edgellm.gguf_header import vouched
@@ -51,6 +52,7 @@ def convert(
     save_imatrix: str | Path | None = None,
     receipt: str | None = None,
     receipt_text: str | Path | None = None,
+    report: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
     n_threads: int = 0,
@@ -64,7 +66,7 @@ def convert(
     calibrate: a text, dialogues, or "self" to collect an importance matrix on; imatrix: a file that has one;
     save_imatrix: where to write it. receipt: "full" measures the result against the original, "fast" only checks it,
     "off" also leaves nothing about it in the file, "auto" (the default) is full where disk and time allow.
-    receipt_text: what to measure on in place of our own text.
+    receipt_text: what to measure on in place of our own text. report: an HTML page to write about it.
     resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
     what this one finishes if it is interrupted in turn.
     Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
@@ -80,22 +82,20 @@ def convert(
     check_output(out, planned.n_bytes, force)
     with Original(inputs, out, n_threads, on_progress) as original:
         level, reason = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, out)
-        importance, calibration, origin = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
-        if importance is not None:
-            planned = plan_of(inputs, quant, types, importance)
-        if importance is not None and save_imatrix is not None:
-            save_importance(importance, Path(save_imatrix))
+        weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
+        if weighed.matrix is not None:
+            planned = plan_of(inputs, quant, types, weighed.matrix)
+            if save_imatrix is not None:
+                save_importance(weighed.matrix, Path(save_imatrix))
         metadata, notes = metadata_of(inputs, planned)
-        metadata |= _imatrix_metadata(importance, imatrix)
-        entries = {} if level == "off" else blank_entries()
-        settings = f"{inputs.settings} {_fingerprint(importance)}"
+        metadata |= _imatrix_metadata(weighed.matrix, imatrix)
         with Writer(
             out,
             planned.architecture,
-            metadata | entries,
+            metadata | ({} if level == "off" else blank_entries()),
             planned.tensors,
             inputs=inputs.files,
-            settings=settings,
+            settings=f"{inputs.settings} {_fingerprint(weighed.matrix)}",
             resume=resume,
         ) as writer:
             write_tensors(writer, planned, n_threads, on_progress)
@@ -107,8 +107,10 @@ def convert(
                 checks = verify(partial, planned, metadata, reference, folder)
                 quality = Quality(level, reason)
                 if level == "full":
-                    quality, line = measure(inputs, planned, original, partial, receipt_text, reason)
+                    with_speed = report is not None
+                    quality, line = measure(inputs, planned, original, partial, receipt_text, reason, with_speed)
                     checks = (*checks, line)
+                errors = tensor_errors(planned, partial) if report is not None else []
             made = Receipt(
                 output=str(out),
                 quant=planned.file_type.name,
@@ -124,15 +126,26 @@ def convert(
                 peak_memory=peak_memory(),
                 checks=checks,
                 notes=(*planned.notes, *notes),
-                run_notes=(*origin, *_resumed(writer.n_kept, len(planned.tensors), resume)),
+                run_notes=(*weighed.run_notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
                 quality=asdict(quality),
-                calibration=calibration,
+                calibration=weighed.origin,
             )
+            if report is not None:
+                write_report(Path(report), made, errors, weighed.matrix is not None, original.n_bytes)
             if level != "off":
                 writer.amend(entries_of(made))
             original.close()
             writer.commit()
     return made
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """The importance matrix that was asked for, a line about it, and notes on where it came from this time."""
+
+    matrix: Importance | None = None
+    origin: str = ""
+    run_notes: tuple[str, ...] = ()
 
 
 def _importance(
@@ -142,16 +155,15 @@ def _importance(
     imatrix: str | Path | None,
     n_threads: int,
     on_progress: OnProgress | None,
-) -> tuple[Importance | None, str, tuple[str, ...]]:
-    """The importance matrix that was asked for, a line about it, and a note on where it came from this time."""
+) -> _Weighed:
     if imatrix is not None:
-        return read_importance(imatrix), f"importance matrix of {Path(imatrix).name}", ()
+        return _Weighed(read_importance(imatrix), f"importance matrix of {Path(imatrix).name}")
     if text is None:
-        return None, "", ()
+        return _Weighed()
     importance, cached = collect(inputs, original, text, n_threads=n_threads, on_progress=on_progress)
     n_tokens = importance.n_chunks * importance.chunk_size
-    origin = ("the importance matrix is that of an earlier conversion of the same model and text",) if cached else ()
-    return importance, f"importance matrix of {importance.dataset}, up to {n_tokens} tokens", origin
+    notes = ("the importance matrix is that of an earlier conversion of the same model and text",) if cached else ()
+    return _Weighed(importance, f"importance matrix of {importance.dataset}, up to {n_tokens} tokens", notes)
 
 
 def _imatrix_metadata(importance: Importance | None, file: str | Path | None) -> dict[str, Any]:

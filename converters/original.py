@@ -57,8 +57,8 @@ class Original:
 
     @property
     def n_bytes(self) -> int:
-        """What it takes on disk beside the output."""
-        return 0 if self._inputs.is_gguf else plan_of(self._inputs, "F16").n_bytes
+        """What it takes on disk."""
+        return self._inputs.source.n_bytes if self._inputs.is_gguf else plan_of(self._inputs, "F16").n_bytes
 
     def _write(self, planned: Plan) -> Path:
         metadata, _ = metadata_of(self._inputs, planned)

@@ -34,7 +34,7 @@ def produce(
             weights = read.result() if read else None
             # Two at a time stay below what the largest needs alone, so that reading ahead costs no memory.
             if after and len(after.sources) == 1 and 2 * max(tensor.n_elements, after.n_elements) <= largest:
-                read = reader.submit(_load, after, 0, sizes)
+                read = reader.submit(load, after, 0, sizes)
             else:
                 read = None
             yield tensor, _pieces(tensor, weights, sizes, n_threads)
@@ -45,7 +45,7 @@ def _pieces(tensor: PlannedTensor, weights: Array | None, sizes: Sizes, n_thread
     if tensor.computed is not None:
         yield quantize_rows(tensor.computed, TYPE_IDS[tensor.type_name], n_threads=n_threads)
     for k in range(len(tensor.sources)):
-        yield _quantized(tensor, k, _load(tensor, k, sizes) if weights is None else weights, n_threads)
+        yield _quantized(tensor, k, load(tensor, k, sizes) if weights is None else weights, n_threads)
 
 
 def _quantized(tensor: PlannedTensor, k: int, weights: Array, n_threads: int) -> NDArray[np.uint8]:
@@ -58,7 +58,7 @@ def _quantized(tensor: PlannedTensor, k: int, weights: Array, n_threads: int) ->
     return np.stack([quantize_rows(w, ggml_type, importance=i, n_threads=n_threads) for w, i in experts])
 
 
-def _load(tensor: PlannedTensor, k: int, sizes: Sizes) -> Array:
+def load(tensor: PlannedTensor, k: int, sizes: Sizes) -> Array:
     """The k-th source, merged and mapped, float32."""
     source = tensor.sources[k]
     weights = source.read()

@@ -36,6 +36,7 @@ _SAME_FUNCTION = 2e-3
 class Quality:
     """level: what was done, and reason: why. text: the name of what it was measured on. measured: an Evaluation as
     plain data. forward_kld: of llama.cpp on the original from our own forward pass, None where the family has none.
+    speeds: of "model" and "reference" on this machine, in tokens per second, if asked for.
     """
 
     level: str
@@ -43,6 +44,7 @@ class Quality:
     text: str = ""
     measured: dict[str, Any] | None = None
     forward_kld: float | None = None
+    speeds: dict[str, Any] | None = None
 
 
 def decide(asked: str, inputs: Inputs, planned: Plan, original: Original, out: Path) -> tuple[str, str]:
@@ -64,13 +66,19 @@ def _why_not(inputs: Inputs, planned: Plan, original: Original, out: Path) -> st
     if seconds > _SECONDS:
         return f"it would take some {seconds / 60:.0f} minutes"
     free = shutil.disk_usage(out.parent).free
-    if original.n_bytes > free:
+    if not inputs.is_gguf and original.n_bytes > free:
         return f"the original takes {original.n_bytes / 1e9:.1f} GB beside the output, {free / 1e9:.1f} GB are free"
     return ""
 
 
 def measure(
-    inputs: Inputs, planned: Plan, original: Original, written: Path, text: str | Path | None, reason: str
+    inputs: Inputs,
+    planned: Plan,
+    original: Original,
+    written: Path,
+    text: str | Path | None,
+    reason: str,
+    with_speed: bool = False,
 ) -> tuple[Quality, str]:
     """What was measured of the written file, and a line on what was checked by it.
 
@@ -90,6 +98,7 @@ def measure(
                 n_chunks=_N_CHUNKS,
                 n_kept=_N_FORWARD,
                 kept=str(kept),
+                with_speed=with_speed,
             )
         )
         forward_kld = _check_function(inputs, answer["tokens"], np.load(kept))
@@ -99,7 +108,7 @@ def measure(
     if forward_kld is not None:
         line = f"function: llama.cpp answers as our own forward pass over the checkpoint does (KLD {forward_kld:.1g})"
     name = "a text of ours" if text is None else Path(text).name
-    return Quality("full", reason, name, measured, forward_kld), line
+    return Quality("full", reason, name, measured, forward_kld, answer["speeds"]), line
 
 
 def _check_function(inputs: Inputs, tokens: list[int], found: Rows) -> float | None:

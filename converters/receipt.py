@@ -43,6 +43,7 @@ class Receipt:
 
 _PREFIX = "edgellm.receipt."
 _JSON_BYTES = 6144  # reserved in the header, which is written before there is a receipt
+_UNMEASURED = -1.0  # no NaN: metadata must be comparable
 _FIGURES = ("perplexity", "kld_mean", "kld_p99", "same_top", "ppl_ratio")
 _IN_FILE = (
     "quant", "n_parameters", "source_bytes", "output_bytes", "bits_per_weight", "n_fallback", "checks", "notes",
@@ -52,16 +53,17 @@ _IN_FILE = (
 
 def blank_entries() -> dict[str, Any]:
     """The receipt's place in a GGUF's metadata, to be filled by `entries_of` when the file is written."""
-    figures = {f"{_PREFIX}{name}": float("nan") for name in _FIGURES}
+    figures = {f"{_PREFIX}{name}": _UNMEASURED for name in _FIGURES}
     return {**figures, f"{_PREFIX}level": "none", f"{_PREFIX}json": " " * _JSON_BYTES}
 
 
 def entries_of(receipt: Receipt) -> dict[str, Any]:
-    """The receipt as GGUF metadata, as many bytes as `blank_entries`: figures (NaN: not measured), level, JSON."""
+    """The receipt as GGUF metadata, as many bytes as `blank_entries`: figures (-1: not measured), level, JSON."""
     measured = receipt.quality.get("measured") or {}
     kld = measured.get("kld") or {}
     figures = {**measured, "kld_mean": kld.get("mean"), "kld_p99": kld.get("p99")}
     found = {name: value for name, value in receipt.as_dict().items() if name in _IN_FILE}
+    found["quality"] = {name: value for name, value in receipt.quality.items() if name != "speeds"}  # of this run only
     text = json.dumps(found, ensure_ascii=True)
     if len(text) > _JSON_BYTES:  # the longest parts are for people, and were printed
         text = json.dumps({**found, "checks": [], "notes": []}, ensure_ascii=True)[:_JSON_BYTES]
@@ -73,7 +75,7 @@ def entries_of(receipt: Receipt) -> dict[str, Any]:
 
 
 def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+    return _UNMEASURED if value is None else float(value)
 
 
 def types_used(plan: Plan) -> dict[str, tuple[int, int]]:

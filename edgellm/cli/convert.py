@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from edgellm.cli.console import clear_status, status
 from edgellm.cli.options import path_and_number
+from edgellm.measure.words import quality_lines
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,6 +67,9 @@ def convert(
     receipt_text: Annotated[
         str | None, typer.Option("--receipt-text", metavar="FILE|self", help="What to measure on, not our own text.")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page about the result: figures, a map of errors.")
+    ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
     ] = False,
@@ -110,6 +114,7 @@ def convert(
                 save_imatrix=save_imatrix,
                 receipt=receipt,
                 receipt_text=receipt_text,
+                report=report,
                 force=force,
                 resume=resume,
                 n_threads=threads,
@@ -210,22 +215,6 @@ def print_receipt(receipt: Any, as_json: bool = False) -> None:
     lines += [f"  checked   {check}" for check in receipt.checks]
     lines += [f"  measured  {line}" for line in quality_lines(receipt.quality)]
     typer.echo("\n".join(lines))
-
-
-def quality_lines(quality: Mapping[str, Any]) -> list[str]:
-    """What a receipt says about the quality, in plain words."""
-    found = quality.get("measured")
-    if not found:
-        return [] if quality.get("level") == "off" else [f"nothing of the quality: {quality.get('reason')}"]
-    where = f"{found['n_tokens']} tokens of {quality['text']}"
-    if "kld" not in found:
-        return [f"perplexity {found['perplexity']:.2f} over {where}; nothing is lost"]
-    n_same = round(100 * found["same_top"])
-    return [
-        f"the quantized model picks the same next word {n_same} times in 100 ({where})",
-        f"KL divergence {found['kld']['mean']:.4f} ± {found['errors']['kld']['mean']:.4f}, 99 % below "
-        f"{found['kld']['p99']:.2f}; perplexity {found['perplexity']:.2f}, {found['ppl_ratio']:.3f} × the original's",
-    ]
 
 
 def print_plan(plan: Any, as_json: bool) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from edgellm.cli.convert import load_converters, quality_lines, size
+from edgellm.cli.convert import load_converters, size
+from edgellm.measure.words import quality_lines
 
 _MAX_TEXT = 96  # characters of a metadata value shown in the table
 
@@ -64,9 +65,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _readable(value: Any) -> Any:
-    """Metadata that JSON can carry: bytes that are no UTF-8 replaced, figures that are none (NaN) left out."""
-    if isinstance(value, float) and not isfinite(value):
-        return None
+    """Metadata that JSON can carry: text with bytes that are no UTF-8 shows them replaced."""
     if isinstance(value, str):
         return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return [_readable(item) for item in value] if isinstance(value, list) else value

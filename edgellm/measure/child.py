@@ -2,7 +2,7 @@
 
 The models' memory isn't the caller's then, and native code that aborts on a damaged file takes only this process with
 it. One JSON object on stdin (see `Request`), one on stdout: {"tokens": those whose log-probabilities were kept,
-"measured": Evaluation.as_dict()}.
+"measured": Evaluation.as_dict(), "speeds": {"model": {"prompt", "decode"}, "reference": …} or null}.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgellm.errors import EdgeLLMError, ModelFileError
 class Request:
     """model: what is measured, against reference (or alone). text: see `read_samples`. The first n_kept tokens'
     log-probabilities of `exact`, one of the two, go to the file `kept` (.npy, float32 (n_kept, n_vocab)).
+    with_speed: also time both, see `measure_speed`.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Request:
     n_chunks: int
     n_kept: int
     kept: str
+    with_speed: bool = False
 
 
 def measure_in_child(request: Request) -> dict[str, Any]:
@@ -57,6 +59,7 @@ def _main() -> None:
     from edgellm.gguf_header import vouched
     from edgellm.measure.evaluate import evaluate
     from edgellm.measure.scoring import Sample, Scorer
+    from edgellm.measure.speed import measure_speed
     from edgellm.measure.texts import read_samples
 
     request = Request(**json.loads(sys.stdin.buffer.read()))
@@ -71,9 +74,11 @@ def _main() -> None:
             np.save(request.kept, np.concatenate(rows))
             reference = Path(request.reference) if request.reference else None
             measured = evaluate(Path(request.model), samples, reference=reference)
+            timed = {"model": Path(request.model), "reference": reference} if request.with_speed else {}
+            speeds = {name: measure_speed(path, samples[0].tokens) for name, path in timed.items() if path}
         except EdgeLLMError as exc:
             raise SystemExit(f"error: {exc}") from exc
-    print(json.dumps({"tokens": tokens, "measured": measured.as_dict()}))
+    print(json.dumps({"tokens": tokens, "measured": measured.as_dict(), "speeds": speeds or None}))
 
 
 if __name__ == "__main__":

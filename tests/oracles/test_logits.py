@@ -76,7 +76,7 @@ def test_logits_and_way_back(case: str, tmp_path: Path) -> None:
     family, config = CASES[case]
     model = tiny.make_model(tmp_path / "model", family, **config)
     expected = _transformers_logits(model)
-    receipt = convert(tmp_path / "model", tmp_path / "f32.gguf", quant="F32")
+    receipt = convert(tmp_path / "model", tmp_path / "f32.gguf", quant="F32", receipt="off")
     _assert_close(reference.llama_logits(tmp_path / "f32.gguf", _tokens()), expected)
     assert receipt.n_parameters - _rope_tensor(tmp_path / "f32.gguf") == sum(p.numel() for p in model.parameters())
 
@@ -86,7 +86,7 @@ def test_logits_and_way_back(case: str, tmp_path: Path) -> None:
         assert not (tmp_path / "back").exists()
         return
     to_checkpoint(tmp_path / "f32.gguf", tmp_path / "back")
-    convert(tmp_path / "back", tmp_path / "again.gguf", quant="F32")
+    convert(tmp_path / "back", tmp_path / "again.gguf", quant="F32", receipt="off")
     assert reference.tensors(tmp_path / "again.gguf") == reference.tensors(tmp_path / "f32.gguf")
     first, second = (reference.metadata(tmp_path / name) for name in ("f32.gguf", "again.gguf"))
     assert {k: v for k, v in second.items() if k != "general.name"} == {
@@ -140,7 +140,7 @@ def test_half_precision_checkpoints(dtype: str, tmp_path: Path) -> None:
     tiny.add_tokenizer(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
     expected = _transformers_logits(model)
-    convert(tmp_path / "model", tmp_path / "f32.gguf", quant="F32")
+    convert(tmp_path / "model", tmp_path / "f32.gguf", quant="F32", receipt="off")
     _assert_close(reference.llama_logits(tmp_path / "f32.gguf", _tokens()), expected)
     same = {"bfloat16": "BF16", "float16": "F16"}[dtype]
     convert(tmp_path / "model", tmp_path / "half.gguf", quant=same)

@@ -1,0 +1,154 @@
+"""Gram matrices against hooks on transformers' linear layers, in one pass or several, whole or in blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import converters.quantize.gram as gram
+from converters import convert, to_checkpoint
+from converters.quantize.gram import Gram, collect_gram, read_gram
+from converters.quantize.importance import collect_importance
+from edgellm.errors import CheckpointError
+from edgellm.measure.scoring import Sample
+from edgellm.measure.texts import read_samples
+from tests.converters import tiny
+
+RNG = np.random.default_rng(0)
+SAMPLES = [Sample([int(t) for t in RNG.integers(6, 1000, n)], range(1)) for n in (96, 40)]
+NAMES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
+         "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint; model.gguf beside it."""
+    root = tmp_path_factory.mktemp("gram")
+    tiny.make_model(root / "model", vocab_size=1000)
+    convert(root / "model", root / "model.gguf", quant="F32")
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def collected(model: Path) -> Gram:
+    return collect_gram(model.with_suffix(".gguf"), SAMPLES, model.parent / "gram")
+
+
+def torchs(folder: Path, samples: list[Sample]) -> dict[str, Any]:
+    """E[x xᵀ] of every linear layer of the blocks, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    sums: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if parts[-1] in NAMES:
+
+            def add(_: Any, inputs: Any, name: str = f"blk.{parts[2]}.{NAMES[parts[-1]]}.weight") -> None:
+                x = inputs[0][0].double()
+                sums[name] = sums.get(name, 0) + (x.T @ x).numpy()
+
+            module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for sample in samples:
+            model(torch.tensor([sample.tokens]))
+    n_tokens = sum(len(sample.tokens) for sample in samples)
+    return {name: total / n_tokens for name, total in sums.items()}
+
+
+def error(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_matrices_are_torchs(model: Path, collected: Gram) -> None:
+    expected = torchs(model, SAMPLES)
+    assert collected.inputs.keys() == expected.keys()
+    for name, matrix in expected.items():
+        assert error(collected.matrix(name), matrix) < 1e-3, name
+    assert set(collected.counts.values()) == {(136,)}
+    for i in range(2):
+        shared = [f"blk.{i}.attn_{kind}.weight" for kind in "qkv"]
+        assert len({collected.inputs[name] for name in shared}) == 1
+        assert collected.inputs[f"blk.{i}.ffn_up.weight"] == collected.inputs[f"blk.{i}.ffn_gate.weight"]
+
+
+def test_the_diagonal_is_the_importance(model: Path, collected: Gram) -> None:
+    importance = collect_importance(model.with_suffix(".gguf"), SAMPLES, "")
+    for name, entry in importance.entries.items():
+        assert np.allclose(np.diag(collected.matrix(name)), entry.means()[0], rtol=1e-5)
+
+
+def test_several_passes_give_the_same(model: Path, collected: Gram, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    small = collect_gram(
+        model.with_suffix(".gguf"),
+        SAMPLES,
+        tmp_path,
+        memory=300_000,
+        on_progress=lambda what, done, total: seen.append((done, total)),
+    )
+    assert len(seen) >= 6
+    assert {total for _, total in seen} == {136 * len(seen) // 2}
+    assert seen == sorted(seen)
+    for name in collected.inputs:
+        assert np.array_equal(small.matrix(name), collected.matrix(name))
+    assert read_gram(tmp_path) == small
+    with pytest.raises(CheckpointError, match=r"takes 0\.0 GB, more than"):
+        collect_gram(model.with_suffix(".gguf"), SAMPLES, tmp_path, memory=1000)
+
+
+def test_wide_inputs_in_blocks(model: Path, collected: Gram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "MAX_WIDTH", 100)
+    found = collect_gram(model.with_suffix(".gguf"), SAMPLES, tmp_path)
+    name = "blk.1.ffn_down.weight"
+    whole, blocks = collected.matrix(name), found.blocks(name)
+    assert sum(len(block[0]) for block in blocks) == len(whole)
+    assert max(len(block[0]) for block in blocks) <= 100
+    at = 0
+    for block in blocks:
+        end = at + len(block[0])
+        assert np.allclose(block[0], whole[at:end, at:end], rtol=1e-5, atol=1e-6 * np.abs(whole).max())
+        at = end
+    assert found.matrix(name)[0, -1] == 0
+
+
+def test_experts_have_matrices_of_their_own(tmp_path: Path) -> None:
+    from tests.oracles.families import _make
+    from tests.oracles.family_cases import CASES
+
+    _make(next(case for case in CASES if case.name.startswith("qwen3moe")), tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "model.gguf", quant="F32")
+    found = collect_gram(tmp_path / "model.gguf", SAMPLES, tmp_path / "gram")
+    importance = collect_importance(tmp_path / "model.gguf", SAMPLES, "")
+    name = "blk.0.ffn_down_exps.weight"
+    (block,) = found.blocks(name)
+    entry = importance.entries[name]
+    assert found.counts[found.inputs[name]] == tuple(entry.counts)
+    assert entry.counts.sum() == 2 * 136
+    for e, count in enumerate(entry.counts):
+        if count:
+            assert np.allclose(np.diag(block[e]), entry.means()[e], rtol=1e-5)
+            assert np.linalg.matrix_rank(block[e], tol=1e-4 * np.abs(block[e]).max()) <= count
+    assert found.inputs["blk.0.ffn_up_exps.weight"] == found.inputs["blk.0.ffn_gate_exps.weight"]
+
+
+def test_an_unfinished_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="collect them again"):
+        read_gram(tmp_path)
+    (tmp_path / "gram.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="collect them again"):
+        read_gram(tmp_path)
+
+
+@pytest.mark.slow
+def test_smollm2(model_path: Path, tmp_path: Path) -> None:
+    folder = to_checkpoint(model_path, tmp_path / "checkpoint")
+    convert(folder, tmp_path / "f32.gguf", quant="F32")
+    samples = read_samples(Path(__file__).parents[2] / "LICENSE", tmp_path / "f32.gguf", n_ctx=512, n_chunks=2)
+    found = collect_gram(tmp_path / "f32.gguf", samples, tmp_path / "gram")
+    errors = {name: error(found.matrix(name), matrix) for name, matrix in torchs(folder, samples).items()}
+    assert len(errors) == 210
+    assert max(errors.values()) < 1e-3
