@@ -61,7 +61,8 @@ def run_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as exc:
-        return report(exc, debug)
+        # Ctrl-C inside a C function that calls back into Python can come out as a SystemError.
+        return INTERRUPTED if isinstance(exc.__cause__, KeyboardInterrupt) else report(exc, debug)
     return 0
 
 

@@ -22,7 +22,12 @@ class Ended:
 def start(
     *arguments: str | Path, cwd: Path | None = None, prepare: Callable[[], None] | None = None
 ) -> subprocess.Popen[bytes]:
-    """`edgellm ARGUMENTS` as a child process. prepare runs in the child before Python does."""
+    """`edgellm ARGUMENTS` as a child process. prepare runs in the child before Python does.
+
+    Conversions aren't measured unless --receipt says so, as in tests/conftest.py.
+    """
+    if arguments[0] == "convert" and "--receipt" not in arguments:
+        arguments = (*arguments, "--receipt", "fast")
     return subprocess.Popen(
         [sys.executable, "-c", ENTRY, *map(str, arguments)],
         stdin=subprocess.DEVNULL,

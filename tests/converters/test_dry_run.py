@@ -94,7 +94,7 @@ def test_estimated_memory(model: Path) -> None:
 
 
 def test_receipt_as_json(model: Path, tmp_path: Path) -> None:
-    ended = run("convert", model, "-q", "Q4_K_M", "-o", tmp_path / "out.gguf", "--json")
+    ended = run("convert", model, "-q", "Q4_K_M", "-o", tmp_path / "out.gguf", "--json", "--receipt", "full")
     assert (ended.code, ended.stderr) == (0, "")
     receipt = json.loads(ended.stdout)
     written = reference.tensors(tmp_path / "out.gguf")

@@ -96,7 +96,16 @@ def test_own_text(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Some words of another text. " * 90, encoding="utf-8")
     receipt = convert(tiny_llama, tmp_path / "b.gguf", quant="Q8_0", receipt="full", receipt_text=tmp_path / "text.txt")
     assert receipt.quality["text"] == "text.txt"
-    ended = run("convert", tiny_llama, "-o", tmp_path / "c.gguf", "--receipt-text", tmp_path / "nothing.txt")
+    ended = run(
+        "convert",
+        tiny_llama,
+        "-o",
+        tmp_path / "c.gguf",
+        "--receipt",
+        "full",
+        "--receipt-text",
+        tmp_path / "nothing.txt",
+    )
     refused(ended, 3, "check the path")
     assert not (tmp_path / "c.gguf").exists()
 
