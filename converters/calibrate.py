@@ -1,9 +1,10 @@
-"""The importance matrix of a conversion: read from a file, from the cache, or collected from the original."""
+"""The statistics of a conversion's original on a text: collected, or what an earlier conversion left in the cache."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,10 @@ from platformdirs import user_cache_path
 
 from converters.original import Original
 from converters.prepare import Inputs
+from converters.quantize.gram import DEFAULT_MEMORY, Gram, collect_gram, read_gram
 from converters.quantize.importance import Importance, collect_importance, read_importance, write_importance
 from edgellm.errors import CheckpointError, OutputError
+from edgellm.measure.scoring import Sample
 from edgellm.measure.texts import SELF, read_samples
 
 OnProgress = Callable[[str, int, int], None]
@@ -35,14 +38,47 @@ def calibrate(
     path = _cache_path(inputs, text)
     with suppress(CheckpointError):
         return read_importance(path), True
-    n_chunks = _SELF_CHUNKS if text == SELF else None
-    samples = read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
+    samples = _samples(original, text, on_progress)
     name = SELF if text == SELF else Path(text).name
     importance = collect_importance(original.path, samples, name, n_threads=n_threads, on_progress=on_progress)
     with suppress(OSError):  # a cache that can't be written costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(importance, path)
     return importance, False
+
+
+def calibrate_gram(
+    inputs: Inputs,
+    original: Original,
+    text: str | Path,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    n_threads: int = 0,
+    on_progress: OnProgress | None = None,
+) -> tuple[Gram, bool]:
+    """The Gram matrices of the original's inputs on a text, in the cache's folder, and whether they were there.
+
+    memory: bytes that may hold matrices at a time. OutputError where the cache has no room for them.
+    """
+    folder = _cache_path(inputs, text).with_suffix(".gram")
+    with suppress(CheckpointError):
+        return read_gram(folder), True
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        samples = _samples(original, text, on_progress)
+        collect_gram(original.path, samples, partial, memory=memory, n_threads=n_threads, on_progress=on_progress)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as exc:
+        raise OutputError(f"cannot keep Gram matrices in {folder}: {exc.strerror or exc}; make room there") from exc
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return read_gram(folder), False
+
+
+def _samples(original: Original, text: str | Path, on_progress: OnProgress | None) -> list[Sample]:
+    n_chunks = _SELF_CHUNKS if text == SELF else None
+    return read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
 
 
 def save_importance(importance: Importance, path: Path) -> None:

@@ -12,6 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import converters.quantize.gram as gram
 from converters import convert, to_checkpoint
+from converters.calibrate import calibrate_gram
+from converters.original import Original
+from converters.prepare import open_inputs
 from converters.quantize.gram import Gram, collect_gram, read_gram
 from converters.quantize.importance import collect_importance
 from edgellm.errors import CheckpointError
@@ -141,6 +144,30 @@ def test_an_unfinished_folder(tmp_path: Path) -> None:
     (tmp_path / "gram.json").write_text("[]", encoding="utf-8")
     with pytest.raises(CheckpointError, match="collect them again"):
         read_gram(tmp_path)
+
+
+def test_the_cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collected once for a model, its adapters and a text; an interrupted collection leaves nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = Path(__file__).parents[2] / "LICENSE"
+    inputs = open_inputs(model)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "watching" and done:
+            raise KeyboardInterrupt
+
+    with Original(inputs, tmp_path / "out.gguf") as original:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_gram(inputs, original, text, on_progress=stop)
+        assert list((tmp_path / "cache" / "edgellm" / "statistics").iterdir()) == []
+        first, cached = calibrate_gram(inputs, original, text)
+        assert not cached
+        again, cached = calibrate_gram(inputs, original, text, memory=1)
+        assert cached
+        assert again == first
+        (tmp_path / "other.txt").write_text("Some other words. " * 60, encoding="utf-8")
+        assert not calibrate_gram(inputs, original, tmp_path / "other.txt")[1]
+    assert list(tmp_path.glob("out.gguf*")) == []
 
 
 @pytest.mark.slow
