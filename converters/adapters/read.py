@@ -140,7 +140,11 @@ def _from_mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Sour
     names = {"lora_a": "lora_A", "lora_b": "lora_B", "m": "lora_magnitude_vector"}
     rank = 0
     for key, tensor in stored.items():
-        if match := _MLX_PART.fullmatch(key):
+        if (match := _MLX_PART.fullmatch(key)) and len(tensor.shape) == 3:
+            for e in range(tensor.shape[0]):
+                modules.setdefault(_expert_module(match["module"], e), {})[names[match["part"]]] = _one_of(tensor, e)
+            rank = tensor.shape[1] if match["part"] == "lora_a" else rank
+        elif match:
             part = names[match["part"]]
             embedding = match["module"].endswith("embed_tokens") and part != "lora_magnitude_vector"
             factor = tensor if len(tensor.shape) != 2 or part == "lora_magnitude_vector" else _transposed(tensor)
@@ -162,6 +166,31 @@ def _from_mlx(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Sour
         "base_model_name_or_path": config.get("model"),
     }
     return Adapter(folder, words, modules, weight=weight)
+
+
+def _expert_module(module: str, e: int) -> str:
+    """mlx-lm has all experts in one switch_mlp, checkpoints each by itself; Mixtral's have names of their own."""
+    path, _, projection = module.rpartition(".")
+    if ".block_sparse_moe." in module:
+        projection = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(projection, projection)
+    return f"{path.replace('.switch_mlp', '.experts')}.{e}.{projection}"
+
+
+def _one_of(stacked: SourceTensor, e: int) -> SourceTensor:
+    """One expert's factor; theirs aren't transposed."""
+
+    def read(k: int = 0, n: int = 1) -> NDArray[np.float32]:
+        values = stacked.read(e, stacked.shape[0])[0]
+        return values if n == 1 else np.split(values, n)[k]
+
+    return replace(
+        stacked,
+        name=f"{stacked.name}[{e}]",
+        shape=stacked.shape[1:],
+        n_bytes=stacked.n_bytes // stacked.shape[0],
+        read=read,
+        read_stored=None,
+    )
 
 
 def _transposed(tensor: SourceTensor) -> SourceTensor:
