@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm.errors import EdgeLLMError, ModelFileError
+from edgellm.errors import EdgeLLMError, EngineCrashed, ModelFileError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Request:
 
 
 def measure_in_child(request: Request) -> dict[str, Any]:
-    """The answer; ModelFileError with the reason where the child fails."""
+    """The answer. ModelFileError with the reason where the child fails, EngineCrashed where it was killed (memory)."""
     child = subprocess.run(
         [sys.executable, "-m", "edgellm.measure.child"],
         input=json.dumps(asdict(request)).encode(),
@@ -46,6 +46,8 @@ def measure_in_child(request: Request) -> dict[str, Any]:
         env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         check=False,
     )
+    if child.returncode < 0:
+        raise EngineCrashed(f"the measuring process was killed by signal {-child.returncode}; is there enough memory?")
     if child.returncode != 0:
         lines = child.stderr.decode("utf-8", "replace").strip().splitlines() or [f"code {child.returncode}"]
         raise ModelFileError(f"{request.model} can't be measured: {lines[-1].removeprefix('error: ')[:300]}")

@@ -19,7 +19,7 @@ from converters import convert, to_checkpoint
 from converters.forward import can_run, forward
 from converters.plan import Plan
 from converters.sources import open_source
-from edgellm.errors import CheckpointError
+from edgellm.errors import CheckpointError, EngineCrashed
 from edgellm.gguf_header import read_header
 from edgellm.measure.evaluate import evaluate
 from edgellm.measure.texts import read_samples
@@ -82,6 +82,26 @@ def test_auto_says_why_it_does_not_measure(tiny_llama: Path, tmp_path: Path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 900_000))
     receipt = convert(tiny_llama, tmp_path / "full.gguf", quant="Q4_0", receipt="auto")
     assert "GB are free" in receipt.quality["reason"]
+
+
+def test_a_killed_measurement(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a system short of memory: a conversion that didn't ask to be measured goes on, one that did fails."""
+    import edgellm.measure.child as child
+
+    run_child = child.subprocess.run
+
+    def killed(command: list[str], **options: Any) -> Any:
+        if "edgellm.measure.child" in command:
+            command = ["sh", "-c", "kill -9 $$"]
+        return run_child(command, **options)
+
+    monkeypatch.setattr(child.subprocess, "run", killed)
+    receipt = convert(tiny_llama, tmp_path / "auto.gguf", quant="Q8_0", receipt="auto")
+    assert receipt.quality["level"] == "fast"
+    assert "killed by signal 9" in receipt.quality["reason"]
+    with pytest.raises(EngineCrashed, match="enough memory"):
+        convert(tiny_llama, tmp_path / "full.gguf", quant="Q8_0", receipt="full")
+    assert [path.name for path in tmp_path.iterdir()] == ["auto.gguf"]
 
 
 def test_a_lossless_file_is_not_compared_with_itself(tiny_llama: Path, tmp_path: Path) -> None:
