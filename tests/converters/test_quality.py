@@ -32,6 +32,7 @@ def real(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to_checkpoint(model_path, tmp_path_factory.mktemp("quality") / "checkpoint")
 
 
+@pytest.mark.slow
 def test_full_receipt(real: Path, tmp_path: Path) -> None:
     receipt = convert(real, tmp_path / "out.gguf", quant="Q4_K_M", receipt="full")
     measured = receipt.quality["measured"]
