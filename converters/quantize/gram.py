@@ -127,19 +127,21 @@ def _one_pass(
     n_threads: int,
     on_progress: OnProgress | None,
 ) -> None:
-    def add(name: str, source: int, inputs: Array, experts: NDArray[np.int32] | None) -> None:
-        rows = np.ascontiguousarray(inputs).reshape(-1, inputs.shape[-1])
-        if experts is None:
-            _add(sums[name], 0, rows)
-            n_rows[name][0] += len(rows)
-            return
-        of_row = experts.reshape(-1)
-        for e in np.unique(of_row):
-            chosen = rows[of_row == e]
-            _add(sums[name], int(e), chosen)
-            n_rows[name][e] += len(chosen)
+    kept: list[tuple[str, Array, NDArray[np.int32] | None]] = []
 
-    watch_inputs(model, samples, set(sums), add, n_threads=n_threads, on_progress=on_progress)
+    def keep(name: str, source: int, inputs: Array, experts: NDArray[np.int32] | None) -> None:
+        rows = inputs.reshape(-1, inputs.shape[-1]).copy()
+        kept.append((name, rows, None if experts is None else experts.reshape(-1).copy()))
+
+    def add_kept() -> None:
+        for name, rows, of_row in kept:
+            for e in (0,) if of_row is None else np.unique(of_row):
+                chosen = rows if of_row is None else rows[of_row == e]
+                _add(sums[name], int(e), chosen)
+                n_rows[name][e] += len(chosen)
+        kept.clear()
+
+    watch_inputs(model, samples, set(sums), keep, after_batch=add_kept, n_threads=n_threads, on_progress=on_progress)
 
 
 def _add(blocks: list[Array], k: int, rows: Array) -> None:

@@ -24,10 +24,14 @@ def watch_inputs(
     weights: Collection[str],
     on_inputs: OnInputs,
     *,
+    after_batch: Callable[[], object] | None = None,
     n_threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Evaluate every token of the samples, each sample from an empty context, and show the weights' inputs.
+
+    after_batch: called when llama.cpp is done with a batch. Heavy work belongs there: during `on_inputs` its threads
+    wait for the next product, and waiting they take the cores.
 
     Errors: ModelFileError and its kin; whatever `on_inputs` raises; EdgeLLMError for an embedding model.
     """
@@ -47,4 +51,6 @@ def watch_inputs(
                     on_progress("watching", done, total)
                 for _ in context.logits_from(sample.tokens, 0):
                     watch.raise_error()
+                    if after_batch:
+                        after_batch()
                 done += len(sample.tokens)
