@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from converters.prepare import Inputs
 from converters.quantize.gram import DEFAULT_MEMORY, Gram, collect_gram, read_gram
 from converters.quantize.importance import Importance, collect_importance, read_importance, write_importance
 from edgellm.errors import CheckpointError, OutputError
-from edgellm.measure.scoring import Sample
+from edgellm.measure.scoring import OnProgress, Sample
 from edgellm.measure.texts import SELF, read_samples
-
-OnProgress = Callable[[str, int, int], None]
 
 _N_CTX = 512
 _SELF_CHUNKS = 16
@@ -39,8 +36,9 @@ def calibrate(
     with suppress(CheckpointError):
         return read_importance(path), True
     samples = _samples(original, text, on_progress)
-    name = SELF if text == SELF else Path(text).name
-    importance = collect_importance(original.path, samples, name, n_threads=n_threads, on_progress=on_progress)
+    importance = collect_importance(
+        original.path, samples, Path(text).name, n_threads=n_threads, on_progress=on_progress
+    )
     with suppress(OSError):  # a cache that can't be written costs only time
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(importance, path)

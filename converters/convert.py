@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from converters.quality import Quality, decide, measure
 from converters.quantize.importance import Importance, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
 from converters.report import tensor_errors, write_report
-from converters.verify import reference_encoder, verify
+from converters.verify import verify
 from converters.writer import Writer, check_output
 from edgellm.errors import EngineCrashed
 from edgellm.gguf_header import vouched
+from edgellm.measure.scoring import OnProgress
 
-# (tensor name or what is done, how much so far, how much in all)
-OnProgress = Callable[[str, int, int], None]
 DEFAULT_RECEIPT = "auto"
 
 
@@ -73,85 +73,115 @@ def convert(
     Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
     """
     started = time.perf_counter()
-    out = Path(out)
     inputs = open_inputs(source, adapters, pre, merge_base)
     planned = plan_of(inputs, quant, types)
     if calibrate is not None and imatrix is not None:
         raise ValueError("an importance matrix is either collected (calibrate) or read (imatrix)")
     if save_imatrix is not None and calibrate is None:
         raise ValueError("there is no importance matrix to save without a text to collect it on (calibrate)")
-    check_output(out, planned.n_bytes, force)
-    with Original(inputs, out, n_threads, on_progress) as original:
-        level, reason = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, out)
+    check_output(Path(out), planned.n_bytes, force)
+    with closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
+        quality = Quality(*decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out)))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
             planned = plan_of(inputs, quant, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
-        metadata, notes = metadata_of(inputs, planned)
-        metadata |= _imatrix_metadata(weighed.matrix, imatrix)
-        with Writer(
-            out,
-            planned.architecture,
-            metadata | ({} if level == "off" else blank_entries()),
-            planned.tensors,
-            inputs=inputs.files,
-            settings=f"{inputs.settings} {_fingerprint(weighed.matrix)}",
-            resume=resume,
-        ) as writer:
-            write_tensors(writer, planned, n_threads, on_progress)
-            partial = writer.finish()
-            converted = time.perf_counter()
-            with vouched(partial):
-                folder = inputs.source.tokenizer_folder
-                reference = reference_encoder(folder) if folder.is_dir() else None
-                checks = verify(partial, planned, metadata, reference, folder)
-                quality = Quality(level, reason)
-                if level == "full":
-                    with_speed = report is not None
-                    try:
-                        quality, line = measure(inputs, planned, original, partial, receipt_text, reason, with_speed)
-                        checks = (*checks, line)
-                    except EngineCrashed as exc:  # the file passed every other check
-                        if receipt == "full":
-                            raise
-                        quality = Quality("fast", str(exc))
-                errors = tensor_errors(planned, partial) if report is not None else []
-            made = Receipt(
-                output=str(out),
-                quant=planned.file_type.name,
-                architecture=planned.architecture,
-                n_parameters=planned.n_parameters,
-                source_bytes=planned.source_bytes,
-                output_bytes=partial.stat().st_size,
-                bits_per_weight=planned.bits_per_weight,
-                types=types_used(planned),
-                n_fallback=sum(tensor.type_name != tensor.wanted_type for tensor in planned.tensors),
-                convert_seconds=converted - started,
-                verify_seconds=time.perf_counter() - converted,
-                peak_memory=peak_memory(),
-                checks=checks,
-                notes=(*planned.notes, *notes),
-                run_notes=(*weighed.run_notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
-                quality=asdict(quality),
-                calibration=weighed.origin,
-            )
-            if report is not None:
-                write_report(Path(report), made, errors, weighed.matrix is not None, original.n_bytes)
-            if level != "off":
-                writer.amend(entries_of(made))
-            original.close()
-            writer.commit()
-    return made
+        job = _Job(inputs, planned, original, weighed, Path(out), quality, receipt == "full", receipt_text, report)
+        return _write(job, started, resume, n_threads, on_progress)
 
 
 @dataclass(frozen=True)
 class _Weighed:
-    """The importance matrix that was asked for, a line about it, and notes on where it came from this time."""
+    """The importance matrix that was asked for, a line about it, notes on where it came from this time, and what the
+    file says about it.
+    """
 
     matrix: Importance | None = None
     origin: str = ""
     run_notes: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is written of what, and how it is judged. quality: what was decided; must_measure: that it was asked for."""
+
+    inputs: Inputs
+    planned: Plan
+    original: Original
+    weighed: _Weighed
+    out: Path
+    quality: Quality
+    must_measure: bool
+    receipt_text: str | Path | None
+    report: str | Path | None
+
+
+def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress: OnProgress | None) -> Receipt:
+    """The file, checked and measured before it gets its name."""
+    inputs, planned = job.inputs, job.planned
+    metadata, notes = metadata_of(inputs, planned)
+    metadata |= job.weighed.metadata
+    has_receipt = job.quality.level != "off"
+    with Writer(
+        job.out,
+        planned.architecture,
+        metadata | (blank_entries() if has_receipt else {}),
+        planned.tensors,
+        inputs=inputs.files,
+        settings=f"{inputs.settings} {_fingerprint(job.weighed.matrix)}",
+        resume=resume,
+    ) as writer:
+        write_tensors(writer, planned, n_threads, on_progress)
+        partial = writer.finish()
+        converted = time.perf_counter()
+        with vouched(partial):
+            checks = verify(partial, planned, metadata, inputs.source.tokenizer_folder)
+            quality, line = _measured(job, partial)
+            errors = tensor_errors(planned, partial) if job.report is not None else []
+        made = Receipt(
+            output=str(job.out),
+            quant=planned.file_type.name,
+            architecture=planned.architecture,
+            n_parameters=planned.n_parameters,
+            source_bytes=planned.source_bytes,
+            output_bytes=partial.stat().st_size,
+            bits_per_weight=planned.bits_per_weight,
+            types=types_used(planned),
+            n_fallback=sum(tensor.type_name != tensor.wanted_type for tensor in planned.tensors),
+            convert_seconds=converted - started,
+            verify_seconds=time.perf_counter() - converted,
+            peak_memory=peak_memory(),
+            checks=(*checks, *line),
+            notes=(*planned.notes, *notes),
+            run_notes=(*job.weighed.run_notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
+            quality=asdict(quality),
+            calibration=job.weighed.origin,
+        )
+        if job.report is not None:
+            write_report(Path(job.report), made, errors, job.weighed.matrix is not None, job.original.n_bytes)
+        if has_receipt:
+            writer.amend(entries_of(made))
+        job.original.close()
+        writer.commit()
+    return made
+
+
+def _measured(job: _Job, partial: Path) -> tuple[Quality, tuple[str, ...]]:
+    """The quality as far as it was decided to measure it, and the line about it if it was."""
+    if job.quality.level != "full":
+        return job.quality, ()
+    with_speed = job.report is not None
+    try:
+        quality, line = measure(
+            job.inputs, job.planned, job.original, partial, job.receipt_text, job.quality.reason, with_speed
+        )
+    except EngineCrashed as exc:  # the file passed every other check
+        if job.must_measure:
+            raise
+        return Quality("fast", str(exc)), ()
+    return quality, (line,)
 
 
 def _importance(
@@ -163,19 +193,19 @@ def _importance(
     on_progress: OnProgress | None,
 ) -> _Weighed:
     if imatrix is not None:
-        return _Weighed(read_importance(imatrix), f"importance matrix of {Path(imatrix).name}")
+        matrix = read_importance(imatrix)
+        return _Weighed(matrix, f"importance matrix of {Path(imatrix).name}", (), _imatrix_metadata(matrix, imatrix))
     if text is None:
         return _Weighed()
     importance, cached = collect(inputs, original, text, n_threads=n_threads, on_progress=on_progress)
     n_tokens = importance.n_chunks * importance.chunk_size
     notes = ("the importance matrix is that of an earlier conversion of the same model and text",) if cached else ()
-    return _Weighed(importance, f"importance matrix of {importance.dataset}, up to {n_tokens} tokens", notes)
+    origin = f"importance matrix of {importance.dataset}, up to {n_tokens} tokens"
+    return _Weighed(importance, origin, notes, _imatrix_metadata(importance, None))
 
 
-def _imatrix_metadata(importance: Importance | None, file: str | Path | None) -> dict[str, Any]:
+def _imatrix_metadata(importance: Importance, file: str | Path | None) -> dict[str, Any]:
     """What llama-quantize writes about an importance matrix."""
-    if importance is None:
-        return {}
     named = {"quantize.imatrix.file": Path(file).name} if file else {}
     return {
         **named,

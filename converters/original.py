@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 
 from converters.plan import Plan
 from converters.prepare import Inputs, metadata_of, plan_of
@@ -14,8 +12,7 @@ from converters.produce import produce
 from converters.writer import Writer, journal_path, partial_path
 from edgellm.errors import CheckpointError
 from edgellm.gguf_header import vouched
-
-OnProgress = Callable[[str, int, int], None]  # (tensor name, bytes written so far, bytes in all)
+from edgellm.measure.scoring import OnProgress
 
 
 class Original:
@@ -29,17 +26,9 @@ class Original:
         self._inputs, self._n_threads, self._on_progress = inputs, n_threads, on_progress
         self._out = out.with_name(f"{out.name}.original")
         self._opened = ExitStack()
-
-    def __enter__(self) -> Original:
         for left in (partial_path(self._out), journal_path(partial_path(self._out))):  # of an attempt that was killed
             with suppress(OSError):
                 left.unlink()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Remove it. Twice is fine."""
@@ -51,14 +40,18 @@ class Original:
         if self._inputs.is_gguf:
             return self._inputs.source.path
         try:
-            return self._write(plan_of(self._inputs, "F16"))
+            return self._write(self._planned)
         except CheckpointError:
             return self._write(plan_of(self._inputs, "F32"))  # beyond F16's range
+
+    @cached_property
+    def _planned(self) -> Plan:
+        return plan_of(self._inputs, "F16")
 
     @property
     def n_bytes(self) -> int:
         """What it takes on disk."""
-        return self._inputs.source.n_bytes if self._inputs.is_gguf else plan_of(self._inputs, "F16").n_bytes
+        return self._inputs.source.n_bytes if self._inputs.is_gguf else self._planned.n_bytes
 
     def _write(self, planned: Plan) -> Path:
         metadata, _ = metadata_of(self._inputs, planned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from converters.quantize.types import WEIGHT_TYPES, find_file_type
 from converters.requantize import make_gguf_plan
 from converters.sources import Source, open_source
 from converters.tokenizers.read import read_vocabulary
-from converters.tokenizers.vocabulary import fit, vocabulary_metadata
+from converters.tokenizers.vocabulary import Vocabulary, fit, vocabulary_metadata
 from edgellm.errors import AdapterError
 
 Overrides = Sequence[tuple[str, str]]
@@ -33,6 +34,11 @@ class Inputs:
     pre: str | None
     files: tuple[Path, ...]
     settings: str
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The checkpoint's own. TokenizerError where there is none that llama.cpp knows."""
+        return read_vocabulary(self.source.tokenizer_folder, self.source.config, self.pre)
 
     @property
     def is_gguf(self) -> bool:
@@ -103,7 +109,7 @@ def metadata_of(inputs: Inputs, planned: Plan) -> tuple[dict[str, Any], tuple[st
     }
     if inputs.is_gguf:
         return {**general, **planned.metadata}, ()
-    vocabulary = fit(read_vocabulary(source.tokenizer_folder, source.config, inputs.pre), planned.sizes["n_vocab"])
+    vocabulary = fit(inputs.vocabulary, planned.sizes["n_vocab"])
     notes = list(vocabulary.notes)
     if "default" not in vocabulary.templates:
         notes.append("the checkpoint has no chat template: a chat model will answer badly without one")

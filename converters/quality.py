@@ -16,6 +16,7 @@ from converters.forward import can_run, forward
 from converters.original import Original
 from converters.plan import Plan
 from converters.prepare import Inputs
+from converters.quantize.types import block_size
 from edgellm.config import physical_cpu_count
 from edgellm.errors import CheckpointError
 from edgellm.measure.child import Request, measure_in_child
@@ -25,7 +26,6 @@ LEVELS = ("auto", "full", "fast", "off")
 TEXT = Path(__file__).with_name("receipt_text.txt")
 _N_CTX, _N_CHUNKS = 256, 4
 _N_FORWARD = 48  # tokens of our own forward pass
-_LOSSLESS = ("F32", "F16", "BF16")
 _SECONDS = 12.0  # more than this isn't measured unless asked for: a conversion takes no longer without
 _FLOPS_PER_CORE = 60e9  # of prompt evaluation, measured on two cores; only to guess the time
 # KLD between our forward pass and llama.cpp on the original in F16: 1e-6 … 1e-4 measured, a wrong theta gives 1e-2
@@ -85,7 +85,7 @@ def measure(
 
     CheckpointError where llama.cpp computes something else than the checkpoint, or nothing of sense.
     """
-    lossless = planned.file_type.base in _LOSSLESS
+    lossless = block_size(planned.file_type.base) == 1
     exact = written if lossless else original.path
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "log_probs.npy"

@@ -13,6 +13,7 @@ from converters.tokenizers.corpus import sample_texts
 from converters.tokenizers.differences import known_difference
 from converters.tokenizers.pretokenizer import unicode_forms
 from converters.tokenizers.read import sentencepiece_file
+from converters.tokenizers.special import read_templates
 from converters.tokenizers.tekken import read_tekken
 from converters.tokenizers.tokenizer_json import build_tokenizer_json
 from edgellm.errors import CheckpointError, TokenizerError
@@ -23,12 +24,10 @@ from edgellm.native.probe import probe
 Encode = Callable[[str], list[int]]
 
 
-def verify(
-    partial: Path, plan: Plan, metadata: Mapping[str, Any], reference: Encode | None, folder: Path
-) -> tuple[str, ...]:
+def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     """Lines that say what was checked; an error where something is wrong.
 
-    reference: token ids of a text by the checkpoint's own tokenizer, without special tokens. folder: where that is.
+    folder: where the checkpoint's own tokenizer is; a GGUF source has none.
     """
     header = check_loadable(partial)
     planned = {tensor.name: (tensor.shape, tensor.type_name) for tensor in plan.tensors}
@@ -46,10 +45,10 @@ def verify(
     if not seen.logits_finite:
         raise CheckpointError("llama.cpp computes logits that are not finite or all equal; the weights are damaged")
     checks.append("loaded by llama.cpp in a process of its own: logits finite")
-    if reference is not None:
-        checks.append(_compare_ids(texts, seen.ids, reference, metadata))
-    if folder.is_dir() and (line := check_template(folder, header.metadata)):
-        checks.append(line)
+    if folder.is_dir():
+        reference = reference_encoder(folder)
+        checks += [_compare_ids(texts, seen.ids, reference, metadata)] if reference else []
+        checks += filter(None, [check_template(folder, header.metadata)])
     return tuple(checks)
 
 
@@ -113,26 +112,11 @@ def _tokenizers_encoder(content: str) -> Encode:
 
 def check_template(folder: Path, metadata: Mapping[str, Any]) -> str:
     """The receipt's line on the chat template, against the checkpoint's own; TokenizerError if it is lost."""
-    theirs, ours = stored_template(folder), metadata.get("tokenizer.chat_template")
-    if theirs is None:
+    theirs, ours = read_templates(folder).get("default", ""), metadata.get("tokenizer.chat_template")
+    if not theirs.strip():
         return ""
     if ours is None:
         raise TokenizerError("the chat template of the checkpoint didn't get into the file; please report this")
     if not same_prompts(theirs, ours):
         raise TokenizerError("the chat template in the file renders another prompt than the checkpoint's; report this")
     return "chat template: renders the checkpoint's prompts"
-
-
-def stored_template(folder: Path) -> str | None:
-    """The default chat template as the checkpoint's files have it."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found: Any = None
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if found is None and (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            found = content.get("chat_template") if isinstance(content, dict) else None
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) and found.strip() else None

@@ -30,8 +30,8 @@ def measure_adapter(
             return None, f"it takes {n_bytes / 1e9:.1f} GB beside the output, {free / 1e9:.1f} GB are free"
         with tempfile.TemporaryDirectory(dir=lora.parent, prefix=f"{lora.name}.measure.") as name:
             plain, merged = Path(name) / "plain.gguf", Path(name) / "merged.gguf"
-            convert(base, plain, quant="F16")
-            convert(base, merged, quant="F16", adapters=adapters)
+            convert(base, plain, quant="F16", receipt="off")
+            convert(base, merged, quant="F16", adapters=adapters, receipt="off")
             samples = read_samples(SELF, merged, n_ctx=_N_CTX, n_chunks=_N_CHUNKS)
             divergence = evaluate(plain, samples, reference=merged, lora=[lora]).divergence
     except EdgeLLMError as exc:

@@ -8,7 +8,7 @@ MAX_WIDTH get the diagonal blocks only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.errors import CheckpointError
-from edgellm.gguf_header import read_header
-from edgellm.measure.scoring import Sample
-from edgellm.measure.watching import watch_inputs
+from edgellm.measure.scoring import OnProgress, Sample
+from edgellm.measure.watching import block_shapes, by_expert, n_matrices, watch_inputs
 
 Array = NDArray[np.float32]
-OnProgress = Callable[[str, int, int], None]
 
 MAX_WIDTH = 16384  # a matrix of 1 GB
 DEFAULT_MEMORY = 8_000_000_000
@@ -73,16 +71,16 @@ def collect_gram(
 
     CheckpointError where one matrix alone is larger than the memory. The folder must be empty or ours.
     """
-    shapes = {name: info.shape for name, info in read_header(model).tensors.items() if name.startswith("blk.")}
+    shapes = block_shapes(model)
     inputs = _shared_inputs(model, samples[0], set(shapes), n_threads)
     widths = {shared: _widths(shapes[shared][-1]) for shared in dict.fromkeys(inputs.values())}
-    n_matrices = {shared: _n_matrices(shapes[shared]) for shared in widths}
+    n_of = {shared: n_matrices(shapes[shared]) for shared in widths}
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, tuple[int, ...]] = {}
-    passes = _passes({s: 4 * n_matrices[s] * sum(w * w for w in widths[s]) for s in widths}, memory)
+    passes = _passes({s: 4 * n_of[s] * sum(w * w for w in widths[s]) for s in widths}, memory)
     for number, names in enumerate(passes):
-        sums = {s: [np.zeros((n_matrices[s], w, w), np.float32) for w in widths[s]] for s in names}
-        n_rows = {s: np.zeros(n_matrices[s], np.int64) for s in names}
+        sums = {s: [np.zeros((n_of[s], w, w), np.float32) for w in widths[s]] for s in names}
+        n_rows = {s: np.zeros(n_of[s], np.int64) for s in names}
         _one_pass(model, samples, sums, n_rows, n_threads, _of_all(on_progress, number, len(passes)))
         for shared in names:
             for b, block in enumerate(sums[shared]):
@@ -135,9 +133,8 @@ def _one_pass(
 
     def add_kept() -> None:
         for name, rows, of_row in kept:
-            for e in (0,) if of_row is None else np.unique(of_row):
-                chosen = rows if of_row is None else rows[of_row == e]
-                _add(sums[name], int(e), chosen)
+            for e, chosen in ((0, rows),) if of_row is None else by_expert(rows, of_row):
+                _add(sums[name], e, chosen)
                 n_rows[name][e] += len(chosen)
         kept.clear()
 
@@ -158,10 +155,6 @@ def _widths(n_columns: int) -> tuple[int, ...]:
     n_blocks = -(-n_columns // MAX_WIDTH)
     edges = [n_columns * b // n_blocks for b in range(n_blocks + 1)]
     return tuple(end - start for start, end in pairwise(edges))
-
-
-def _n_matrices(shape: tuple[int, ...]) -> int:
-    return shape[0] if len(shape) == 3 else 1
 
 
 def _passes(n_bytes: Mapping[str, int], memory: int) -> list[list[str]]:

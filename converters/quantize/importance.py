@@ -6,7 +6,7 @@ Collected as llama-imatrix does, over all tokens, and kept in its file format, b
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from edgellm.errors import CheckpointError, ModelFileError
 from edgellm.gguf_header import GGUFHeader, read_header
-from edgellm.measure.scoring import Sample
-from edgellm.measure.watching import watch_inputs
+from edgellm.measure.scoring import OnProgress, Sample
+from edgellm.measure.watching import block_shapes, by_expert, n_matrices, watch_inputs
 
-OnProgress = Callable[[str, int, int], None]
 _SUM, _COUNT = ".in_sum2", ".counts"
 
 
@@ -50,8 +49,7 @@ class Importance:
         entry = self.entries.get(name)
         if entry is None:
             return None
-        n_matrices = shape[0] if len(shape) == 3 else 1
-        if entry.sums.shape != (n_matrices, shape[-1]):
+        if entry.sums.shape != (n_matrices(shape), shape[-1]):
             found = " × ".join(map(str, entry.sums.shape))
             raise CheckpointError(
                 f"the importance matrix has {found} columns for {name} of shape {list(shape)}; it is of another model"
@@ -69,17 +67,15 @@ def collect_importance(
 ) -> Importance:
     """Run the model over the samples and sum up the squared inputs of every weight of its blocks."""
     entries: dict[str, Entry] = {}
-    shapes = {name: info.shape for name, info in read_header(model).tensors.items() if name.startswith("blk.")}
+    shapes = block_shapes(model)
     last: tuple[int, NDArray[np.float64]] = (0, np.empty(0))
 
     def add(name: str, source: int, inputs: NDArray[np.float32], experts: NDArray[np.int32] | None) -> None:
         nonlocal last
         entry = entries.get(name)
         if entry is None:
-            n_matrices = shapes[name][0] if len(shapes[name]) == 3 else 1
-            entry = entries[name] = Entry(
-                np.zeros((n_matrices, inputs.shape[-1])), np.zeros(n_matrices, dtype=np.int64)
-            )
+            n = n_matrices(shapes[name])
+            entry = entries[name] = Entry(np.zeros((n, inputs.shape[-1])), np.zeros(n, dtype=np.int64))
         if experts is None:
             if last[0] != source:
                 last = source, np.einsum("mrc,mrc->mc", inputs, inputs).astype(np.float64)
@@ -87,9 +83,7 @@ def collect_importance(
             entry.sums += per_matrix.sum(axis=0)
             entry.counts += inputs.shape[0] * inputs.shape[1] // len(entry.sums)
         else:
-            rows, of_row = inputs.reshape(-1, inputs.shape[-1]), experts.reshape(-1)
-            for e in np.unique(of_row):
-                chosen = rows[of_row == e]
+            for e, chosen in by_expert(inputs.reshape(-1, inputs.shape[-1]), experts.reshape(-1)):
                 entry.sums[e] += np.einsum("rc,rc->c", chosen, chosen)
                 entry.counts[e] += len(chosen)
 

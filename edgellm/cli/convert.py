@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from edgellm.cli import convert_options as asked
 from edgellm.cli.console import clear_status, status
 from edgellm.cli.options import path_and_number
 from edgellm.measure.words import quality_lines
@@ -20,101 +21,56 @@ Progress = Callable[[str, int, int], None]
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Checkpoint folder, or a GGUF to requantize or turn back.")],
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="GGUF to write [default: SOURCE-QUANT.gguf here].")
-    ] = None,
-    quant: Annotated[
-        str, typer.Option("--quant", "-q", help="Recipe: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL … ")
-    ] = "Q4_K_M",
-    types: Annotated[
-        list[str] | None,
-        typer.Option("--type", metavar="REGEX=TYPE", help="Type for tensors whose name matches; repeatable."),
-    ] = None,
-    pre: Annotated[
-        str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer, if it isn't recognized.")
-    ] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option("--adapter", metavar="DIR[:WEIGHT]", help="Adapter (LoRA …) to merge first; repeatable."),
-    ] = None,
-    to_checkpoint: Annotated[
-        Path | None,
-        typer.Option("--to-checkpoint", metavar="DIR", help="Write the GGUF as a checkpoint folder instead."),
-    ] = None,
-    merge_base: Annotated[
-        str | None,
-        typer.Option("--merge-base", help="For QLoRA: merge into the base as it is (fp16), or as trained (dequant)."),
-    ] = None,
-    rank: Annotated[
-        int, typer.Option(min=1, help="With --adapter-only: rank for what is no low-rank product by itself (DoRA).")
-    ] = 64,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|self", help="Collect an importance matrix on a text, or on one the model writes."),
-    ] = None,
-    imatrix: Annotated[Path | None, typer.Option(help="Use this importance matrix (llama.cpp's file).")] = None,
-    save_imatrix: Annotated[
-        Path | None, typer.Option("--save-imatrix", help="Also write the collected matrix as llama.cpp's file.")
-    ] = None,
-    receipt: Annotated[
-        str,
-        typer.Option(
-            help="full: measure the result against the original; fast: check it; off; auto: full if "
-            "disk and time allow."
-        ),
-    ] = "auto",
-    receipt_text: Annotated[
-        str | None, typer.Option("--receipt-text", metavar="FILE|self", help="What to measure on, not our own text.")
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write a page about the result: figures, a map of errors.")
-    ] = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Write the adapters as a GGUF for --lora instead of merging them.")
-    ] = False,
-    dtype: Annotated[str, typer.Option(help="Number type of that folder: f32 (exact), bf16, f16.")] = "f32",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the whole plan, write nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what an interrupted conversion had finished, and go on.")
-    ] = False,
-    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 = all cores.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    source: asked.SourcePath,
+    out: asked.Out = None,
+    quant: asked.Quant = "Q4_K_M",
+    types: asked.Types = None,
+    pre: asked.Pre = None,
+    adapters: asked.Adapters = None,
+    to_checkpoint: asked.ToCheckpoint = None,
+    merge_base: asked.MergeBase = None,
+    rank: asked.Rank = 64,
+    calibrate: asked.Calibrate = None,
+    imatrix: asked.Imatrix = None,
+    save_imatrix: asked.SaveImatrix = None,
+    receipt: asked.ReceiptLevel = "auto",
+    receipt_text: asked.ReceiptText = None,
+    report: asked.Report = None,
+    adapter_only: asked.AdapterOnly = False,
+    dtype: asked.Dtype = "f32",
+    dry_run: asked.DryRun = False,
+    force: asked.Force = False,
+    resume: asked.Resume = False,
+    threads: asked.Threads = 0,
+    as_json: asked.AsJson = False,
 ) -> None:
     """Convert a fine-tuned checkpoint to a quantized GGUF, checked before it gets its name."""
     converters = load_converters()
     try:
         if to_checkpoint is not None:
-            with progress_bar("writing") as on_progress:
-                converters.to_checkpoint(source, to_checkpoint, dtype=dtype, force=force, on_progress=on_progress)
-            _print_folder(to_checkpoint, as_json)
+            _write_folder(source, to_checkpoint, dtype, force, as_json)
             return
         overrides = [_override(text) for text in types or ()]
         merged = [path_and_number(text) for text in adapters or ()]
         if adapter_only:
             _export_adapter(source, merged, out, rank, force, as_json)
             return
+        recipe = {"quant": quant, "types": overrides, "adapters": merged}
         if dry_run:
-            planned = converters.plan(source, quant=quant, types=overrides, adapters=merged)
-            print_plan(planned, as_json)
+            print_plan(converters.plan(source, **recipe), as_json)
             return
+        weighed = {"calibrate": calibrate, "imatrix": imatrix, "save_imatrix": save_imatrix}
+        judged = {"receipt": receipt, "receipt_text": receipt_text, "report": report}
         target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
         with progress_bar("converting") as on_progress:
             made = converters.convert(
                 source,
                 target,
-                quant=quant,
-                types=overrides,
+                **recipe,
+                **weighed,
+                **judged,
                 pre=pre,
-                adapters=merged,
                 merge_base=merge_base,
-                calibrate=calibrate,
-                imatrix=imatrix,
-                save_imatrix=save_imatrix,
-                receipt=receipt,
-                receipt_text=receipt_text,
-                report=report,
                 force=force,
                 resume=resume,
                 n_threads=threads,
@@ -255,7 +211,9 @@ def print_plan(plan: Any, as_json: bool) -> None:
         typer.echo(f"note: {note}")
 
 
-def _print_folder(folder: Path, as_json: bool) -> None:
+def _write_folder(source: Path, folder: Path, dtype: str, force: bool, as_json: bool) -> None:
+    with progress_bar("writing") as on_progress:
+        load_converters().to_checkpoint(source, folder, dtype=dtype, force=force, on_progress=on_progress)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "files": files}))

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def _main() -> None:
         try:
             samples = read_samples(request.text, Path(request.exact), n_ctx=request.n_ctx, n_chunks=request.n_chunks)
             tokens = samples[0].tokens[: request.n_kept]
-            with Scorer(Path(request.exact), len(tokens)) as scorer:
+            with closing(Scorer(Path(request.exact), len(tokens))) as scorer:
                 rows = list(scorer.log_probs(Sample([*tokens, tokens[-1]], range(len(tokens)))))
             np.save(request.kept, np.concatenate(rows))
             reference = Path(request.reference) if request.reference else None

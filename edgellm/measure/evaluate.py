@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ from numpy.typing import NDArray
 from edgellm.engine.adapters import Lora
 from edgellm.measure.divergence import Evaluation, Rows, Tally, kl_divergence
 from edgellm.measure.reference import Reference, open_reference
-from edgellm.measure.scoring import Sample, Scorer, in_slabs
-
-OnProgress = Callable[[str, int, int], None]  # (what, tokens done, tokens in all)
+from edgellm.measure.scoring import OnProgress, Sample, Scorer, in_slabs
 
 
 def evaluate(
@@ -33,7 +32,7 @@ def evaluate(
     Errors: ModelFileError and its kin; EdgeLLMError where the two vocabularies differ.
     """
     n_ctx = max(len(sample.tokens) for sample in samples)
-    with Scorer(model, n_ctx, lora=lora) as scorer:
+    with closing(Scorer(model, n_ctx, lora=lora)) as scorer:
         if reference is None:
             return _tally(scorer, None, samples, on_progress).evaluation()
         theirs = open_reference(reference, samples, n_ctx, scorer.vocab.size, keep)

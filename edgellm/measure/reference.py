@@ -42,7 +42,6 @@ class KeepingReference(Reference):
     def __init__(self, scorer: Scorer, path: Path, n_rows: int) -> None:
         super().__init__(scorer)
         self._path, self._partial = path, path.with_suffix(f".{os.getpid()}.partial")
-        self._at = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._partial.open("wb") as file:

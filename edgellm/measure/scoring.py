@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
-from edgellm.config import LoadParams, physical_cpu_count
+from edgellm.config import DEFAULT_N_BATCH, LoadParams, physical_cpu_count
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.gguf_header import check_loadable
 from edgellm.measure.divergence import Rows, log_softmax
@@ -19,10 +18,10 @@ from edgellm.native.context import Context
 from edgellm.native.model import NativeModel, Vocab
 
 Result = TypeVar("Result")
+OnProgress = Callable[[str, int, int], None]  # (what is done, or a tensor's name; how much so far; how much in all)
 
 _LOGITS_BYTES = 64 << 20  # of logits at a time
 _SLAB_ROWS = 8  # of them for one thread: they stay in its cache
-N_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,17 @@ class Sample:
 
 
 class Scorer:
-    """A model opened for scoring, the way `load` opens it for chats. A context manager."""
+    """A model opened for scoring, the way `load` opens it for chats; to be closed."""
 
-    def __init__(self, path: Path, n_ctx: int, *, lora: Sequence[Lora] = (), n_threads: int = 0) -> None:
+    def __init__(self, path: Path, n_ctx: int, *, lora: Sequence[Lora] = ()) -> None:
         header = check_loadable(path)
-        self.path = path
         self._opened = ExitStack()
         self._model = NativeModel(path)
         self._opened.callback(self._model.close)
         try:
-            n_batch = min(n_ctx, N_BATCH)
-            n_outputs = max(1, min(n_batch, _LOGITS_BYTES // (4 * max(1, self.vocab.size))))
-            params = LoadParams(n_ctx=n_ctx, n_batch=n_batch, n_threads=n_threads)
+            n_batch = min(n_ctx, DEFAULT_N_BATCH)
+            n_outputs = rows_at_a_time(n_batch, self.vocab.size)
+            params = LoadParams(n_ctx=n_ctx, n_batch=n_batch)
             adapters = LoadedAdapters(header)
             adapters.choose(self._model, lora)
             self._context = Context(self._model, params, n_outputs=n_outputs)
@@ -63,18 +61,6 @@ class Scorer:
     @property
     def vocab(self) -> Vocab:
         return self._model.vocab
-
-    @property
-    def n_ctx_train(self) -> int:
-        return self._model.n_ctx_train
-
-    def __enter__(self) -> Scorer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model. Twice is fine."""
@@ -93,6 +79,11 @@ class Scorer:
                 chosen = rows if len(wanted) == len(rows) else rows[wanted]
                 in_slabs(log_softmax, chosen)
                 yield chosen
+
+
+def rows_at_a_time(n_batch: int, n_vocab: int) -> int:
+    """Positions whose logits are computed together, so that they stay within bounds for any vocabulary."""
+    return max(1, min(n_batch, _LOGITS_BYTES // (4 * max(1, n_vocab))))
 
 
 def in_slabs(work: Callable[..., Result], *rows: Rows) -> list[Result]:

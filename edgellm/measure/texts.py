@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.model import Model, load
 from edgellm.errors import EdgeLLMError, GenerationError
-from edgellm.measure.scoring import Sample
+from edgellm.measure.scoring import OnProgress, Sample
 
 SELF = "self"
 DEFAULT_N_CTX = 512
 _SELF_CHUNKS = 8
 SELF_SEED = 20260101
 _MIN_TOKENS = 8
-
-OnProgress = Callable[[str, int, int], None]  # (what, done, in all)
 
 
 def read_samples(

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from edgellm.config import LoadParams
+import numpy as np
+from numpy.typing import NDArray
+
+from edgellm.config import DEFAULT_N_BATCH, LoadParams
 from edgellm.errors import EdgeLLMError
-from edgellm.gguf_header import check_loadable
-from edgellm.measure.scoring import Sample
+from edgellm.gguf_header import check_loadable, read_header
+from edgellm.measure.scoring import OnProgress, Sample, rows_at_a_time
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.native.observe import InputWatch, OnInputs
-
-_LOGITS_BYTES = 64 << 20
-OnProgress = Callable[[str, int, int], None]  # (what, tokens done, tokens in all)
 
 
 def watch_inputs(
@@ -43,8 +43,8 @@ def watch_inputs(
             raise EdgeLLMError(f"{model} makes embeddings, no text: nothing can be collected from it")
         watch = InputWatch(weights.__contains__, on_inputs)
         # Logits are asked for at every token: where they aren't, the last block leaves tokens out.
-        n_rows = max(32, min(n_ctx, 512, _LOGITS_BYTES // (4 * max(1, native.vocab.size))))
-        params = LoadParams(n_ctx=n_ctx, n_batch=min(n_ctx, n_rows), n_threads=n_threads)
+        n_rows = rows_at_a_time(min(n_ctx, DEFAULT_N_BATCH), native.vocab.size)
+        params = LoadParams(n_ctx=n_ctx, n_batch=n_rows, n_threads=n_threads)
         with closing(Context(native, params, n_outputs=n_rows, watch=watch)) as context:
             for sample in samples:
                 if on_progress:
@@ -54,3 +54,19 @@ def watch_inputs(
                     if after_batch:
                         after_batch()
                 done += len(sample.tokens)
+
+
+def block_shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the blocks, outermost dimension first."""
+    return {name: info.shape for name, info in read_header(model).tensors.items() if name.startswith("blk.")}
+
+
+def n_matrices(shape: tuple[int, ...]) -> int:
+    """How many matrices a weight holds: one, or one an expert."""
+    return shape[0] if len(shape) == 3 else 1
+
+
+def by_expert(rows: NDArray[np.float32], experts: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Each expert that any row is for, with its rows. rows: (rows, columns); experts: (rows,)."""
+    for e in np.unique(experts):
+        yield int(e), rows[experts == e]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_the_cache(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if what == "watching" and done:
             raise KeyboardInterrupt
 
-    with Original(inputs, tmp_path / "out.gguf") as original:
+    with closing(Original(inputs, tmp_path / "out.gguf")) as original:
         with pytest.raises(KeyboardInterrupt):
             calibrate_gram(inputs, original, text, on_progress=stop)
         assert list((tmp_path / "cache" / "edgellm" / "statistics").iterdir()) == []
