@@ -85,7 +85,7 @@ def measure(
 
     CheckpointError where llama.cpp computes something else than the checkpoint, or nothing of sense.
     """
-    lossless = block_size(planned.file_type.base) == 1
+    lossless = all(block_size(tensor.type_name) == 1 for tensor in planned.tensors)
     exact = written if lossless else original.path
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder) / "log_probs.npy"

@@ -120,10 +120,10 @@ def test_wide_inputs_in_blocks(model: Path, collected: Gram, tmp_path: Path, mon
 
 
 def test_experts_have_matrices_of_their_own(tmp_path: Path) -> None:
-    from tests.oracles.families import _make
+    from tests.oracles.families import make_reference
     from tests.oracles.family_cases import CASES
 
-    _make(next(case for case in CASES if case.name.startswith("qwen3moe")), tmp_path / "model")
+    make_reference(next(case for case in CASES if case.name.startswith("qwen3moe")), tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "model.gguf", quant="F32")
     found = collect_gram(tmp_path / "model.gguf", SAMPLES, tmp_path / "gram")
     importance = collect_importance(tmp_path / "model.gguf", SAMPLES, "")

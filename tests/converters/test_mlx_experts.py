@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from converters import convert, export_adapter
 from converters.sources import open_source
-from tests.oracles.families import _make
+from tests.oracles.families import make_reference
 from tests.oracles.family_cases import CASES
 
 SCALE, RANK = 2.5, 3
@@ -23,7 +23,7 @@ def test_switch_mlp(family: str, tmp_path: Path) -> None:
     """Qwen's experts, and Mixtral's with names of their own."""
     kind = {"qwen3moe": "Qwen3MoeConfig", "mixtral": "MixtralConfig"}[family]
     case = next(c for c in CASES if kind in str(c))
-    _make(case, tmp_path / "model")
+    make_reference(case, tmp_path / "model")
     stored = open_source(tmp_path / "model").tensors
     where, names = (
         ("mlp", {n: n for n in ("gate_proj", "up_proj", "down_proj")})

@@ -29,12 +29,12 @@ class Target:
 def build(root: Path) -> None:
     """Make every input once, in folders of `root`."""
     from tests.converters import tiny, trained
-    from tests.oracles.families import _make
+    from tests.oracles.families import make_reference
     from tests.oracles.family_cases import CASES
 
     for case in CASES:
         if case.name in ("llama-2", "llama-3", "gemma3-1", "phi3-2", "gpt-oss-1", "qwen35-1", "bert-1", "granitemoe-1"):
-            _make(case, root / f"family-{case.name}")
+            make_reference(case, root / f"family-{case.name}")
     tiny.make_model(root / "llama", num_hidden_layers=1, hidden_size=64, intermediate_size=64, vocab_size=1000)
     _index(root / "llama", root / "sharded")
     _pickled(root / "llama", root / "pickled")

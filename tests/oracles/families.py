@@ -43,11 +43,11 @@ class Measured:
 
 def measure(case: Case, folder: Path) -> Measured:
     """Make the model, convert it to F32, compare; then convert it back and compare tensors."""
-    model = _make(case, folder / "model")
+    model = make_reference(case, folder / "model")
     gguf = folder / f"{case.name}.gguf"
     convert(folder / "model", gguf, quant="F32")
     tokens = [int(token) for token in np.random.default_rng(0).integers(FIRST_TOKEN, 1000, N_TOKENS)]
-    wanted = _outputs(model, tokens)
+    wanted = outputs(model, tokens)
     to_checkpoint(gguf, folder / "back")
     before, after = _tensors(folder / "model"), _tensors(folder / "back")
     changed = {
@@ -75,7 +75,7 @@ def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-def _make(case: Case, folder: Path) -> Any:
+def make_reference(case: Case, folder: Path) -> Any:
     import torch
     import transformers
 
@@ -114,7 +114,7 @@ def _add_modules(folder: Path, pooling: str) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
 
 
-def _outputs(model: Any, tokens: list[int]) -> NDArray[np.float32]:
+def outputs(model: Any, tokens: list[int]) -> NDArray[np.float32]:
     import torch
 
     with torch.no_grad():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from converters import convert, export_adapter
 from edgellm.errors import AdapterError
 from tests.converters import reference
-from tests.oracles.families import FIRST_TOKEN, _make
+from tests.oracles.families import FIRST_TOKEN, make_reference
 from tests.oracles.family_cases import CASES, Case
 
 N_TOKENS = 128
@@ -50,7 +50,7 @@ def make_adapter(case: Case, model: Any, folder: Path, **options: Any) -> Any:
 def test_merged_and_at_run_time(case: Case, tmp_path: Path) -> None:
     import torch
 
-    model = _make(case, tmp_path / "base")
+    model = make_reference(case, tmp_path / "base")
     adapted = make_adapter(case, model, tmp_path / "adapter")
     tokens = [int(token) for token in np.random.default_rng(0).integers(FIRST_TOKEN, 1000, N_TOKENS)]
     with torch.no_grad():

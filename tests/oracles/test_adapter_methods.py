@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from converters import convert
 from edgellm.errors import AdapterError
 from tests.converters import reference
-from tests.oracles.families import FIRST_TOKEN, _make
+from tests.oracles.families import FIRST_TOKEN, make_reference
 from tests.oracles.family_cases import CASES
 
 FAMILIES = ("llama", "phi3", "gemma3", "gpt2")
@@ -109,7 +109,7 @@ class Base:
         self.family, self.places = family, PLACES[family]
         self.folder = folder / "base"
         case = next(case for case in CASES if case.family == family)
-        self.model = _make(case, self.folder)
+        self.model = make_reference(case, self.folder)
         self.bound = case.bound  # of llama.cpp's logits for the plain model
 
 
