@@ -35,7 +35,7 @@ def calibrate(
     path = _cache_path(inputs, text)
     with suppress(CheckpointError):
         return read_importance(path), True
-    samples = _samples(original, text, on_progress)
+    samples = calibration_samples(original, text, on_progress)
     importance = collect_importance(
         original.path, samples, Path(text).name, n_threads=n_threads, on_progress=on_progress
     )
@@ -63,7 +63,7 @@ def calibrate_gram(
         return read_gram(folder), True
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
-        samples = _samples(original, text, on_progress)
+        samples = calibration_samples(original, text, on_progress)
         collect_gram(original.path, samples, partial, memory=memory, n_threads=n_threads, on_progress=on_progress)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -74,9 +74,32 @@ def calibrate_gram(
     return read_gram(folder), False
 
 
-def _samples(original: Original, text: str | Path, on_progress: OnProgress | None) -> list[Sample]:
-    n_chunks = _SELF_CHUNKS if text == SELF else None
-    return read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
+def keep_gram(
+    inputs: Inputs,
+    original: Original,
+    text: str | Path,
+    folder: Path,
+    memory: int,
+    n_threads: int,
+    on_progress: OnProgress | None,
+) -> None:
+    """`calibrate_gram` with the result in a folder of the user's. OutputError where that can't be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"{folder} exists and isn't an empty folder; name another for the Gram matrices")
+    found, _ = calibrate_gram(inputs, original, text, memory=memory, n_threads=n_threads, on_progress=on_progress)
+    try:
+        shutil.copytree(found.folder, folder, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as exc:
+        raise OutputError(f"cannot write the Gram matrices to {folder}: {exc}; make room there") from exc
+
+
+def calibration_samples(original: Original, text: str | Path, on_progress: OnProgress | None) -> list[Sample]:
+    """The text in pieces of as many tokens as statistics are collected on together. Read, or written, only once."""
+    if str(text) not in original.samples:
+        n_chunks = _SELF_CHUNKS if text == SELF else None
+        found = read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
+        original.samples[str(text)] = found
+    return original.samples[str(text)]
 
 
 def save_importance(importance: Importance, path: Path) -> None:
@@ -97,11 +120,15 @@ def _write(importance: Importance, path: Path) -> None:
 
 
 def _cache_path(inputs: Inputs, text: str | Path) -> Path:
-    """Named by the contents of all the statistics depend on: weights, configuration, tokenizer, adapters, text."""
+    return user_cache_path("edgellm") / "statistics" / f"{statistics_key(inputs, text)}.gguf"
+
+
+def statistics_key(inputs: Inputs, text: str | Path) -> str:
+    """A hash of the contents of all that statistics depend on: weights, configuration, tokenizer, adapters, text."""
     digest = hashlib.sha256(f"{_VERSION} {inputs.pre} {inputs.settings} {text if text == SELF else ''}".encode())
     for place in (*inputs.files, inputs.source.tokenizer_folder, *([] if text == SELF else [Path(text)])):
         files = [place] if place.is_file() else sorted(place.glob("*"))
         for file in (file for file in files if file.is_file()):
             with file.open("rb") as opened:
                 digest.update(file.suffix.encode() + hashlib.file_digest(opened, "sha256").digest())
-    return user_cache_path("edgellm") / "statistics" / f"{digest.hexdigest()[:32]}.gguf"
+    return digest.hexdigest()[:32]

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from converters.calibrate import calibrate as collect
-from converters.calibrate import save_importance
+from converters.calibrate import keep_gram, save_importance
+from converters.compensation import DEFAULT_EFFORT, Compensated, workplace
+from converters.compensation import compensate as compensated
 from converters.original import Original, write_tensors
 from converters.plan import Plan
 from converters.prepare import AdapterArgument, Inputs, Overrides, metadata_of, open_inputs, plan_of
 from converters.quality import Quality, decide, measure
+from converters.quantize.gram import DEFAULT_MEMORY
 from converters.quantize.importance import Importance, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
 from converters.report import tensor_errors, write_report
@@ -51,6 +54,10 @@ def convert(
     calibrate: str | Path | None = None,
     imatrix: str | Path | None = None,
     save_imatrix: str | Path | None = None,
+    save_gram: str | Path | None = None,
+    memory: int = DEFAULT_MEMORY,
+    compensate: bool | None = None,
+    effort: int = DEFAULT_EFFORT,
     receipt: str | None = None,
     receipt_text: str | Path | None = None,
     report: str | Path | None = None,
@@ -65,8 +72,11 @@ def convert(
     adapters: folders of adapters to merge first, each alone or with a weight (folder, 0.5). merge_base: "fp16" or
     "dequant", see `merge_adapters`.
     calibrate: a text, dialogues, or "self" to collect an importance matrix on; imatrix: a file that has one;
-    save_imatrix: where to write it. receipt: "full" measures the result against the original, "fast" only checks it,
-    "off" also leaves nothing about it in the file, "auto" (the default) is full where disk and time allow.
+    save_imatrix: where to write it. save_gram: a folder for the inputs' Gram matrices (`read_gram` opens it). memory:
+    bytes that may hold matrices and states at a time. compensate: whether rounding errors are compensated on that text,
+    by default if there is one; effort: 1 to 5, how much of it is looked at.
+    receipt: "full" measures the result against the original, "fast" only checks it, "off" also leaves nothing about it
+    in the file, "auto" (the default) is full where disk and time allow.
     receipt_text: what to measure on in place of our own text. report: an HTML page to write about it.
     resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
     what this one finishes if it is interrupted in turn.
@@ -77,17 +87,35 @@ def convert(
     planned = plan_of(inputs, quant, types)
     if calibrate is not None and imatrix is not None:
         raise ValueError("an importance matrix is either collected (calibrate) or read (imatrix)")
-    if save_imatrix is not None and calibrate is None:
-        raise ValueError("there is no importance matrix to save without a text to collect it on (calibrate)")
+    if calibrate is None and (save_imatrix is not None or save_gram is not None):
+        raise ValueError("there are no statistics to save without a text to collect them on (calibrate)")
+    if compensate and calibrate is None:
+        raise ValueError("rounding errors are compensated on a text; give one (calibrate)")
     check_output(Path(out), planned.n_bytes, force)
-    with closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
+    with workplace(Path(out), resume), closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
         quality = Quality(*decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out)))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
             planned = plan_of(inputs, quant, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
-        job = _Job(inputs, planned, original, weighed, Path(out), quality, receipt == "full", receipt_text, report)
+        if save_gram is not None and calibrate is not None:
+            keep_gram(inputs, original, calibrate, Path(save_gram), memory, n_threads, on_progress)
+        made = Compensated(planned)
+        if calibrate is not None and compensate is not False:
+            made = compensated(
+                inputs,
+                original,
+                planned,
+                calibrate,
+                Path(out),
+                effort=effort,
+                memory=memory,
+                resume=resume,
+                n_threads=n_threads,
+                on_progress=on_progress,
+            )
+        job = _Job(inputs, made, original, weighed, Path(out), quality, receipt == "full", receipt_text, report)
         return _write(job, started, resume, n_threads, on_progress)
 
 
@@ -108,7 +136,7 @@ class _Job:
     """What is written of what, and how it is judged. quality: what was decided; must_measure: that it was asked for."""
 
     inputs: Inputs
-    planned: Plan
+    compensated: Compensated
     original: Original
     weighed: _Weighed
     out: Path
@@ -116,6 +144,10 @@ class _Job:
     must_measure: bool
     receipt_text: str | Path | None
     report: str | Path | None
+
+    @property
+    def planned(self) -> Plan:
+        return self.compensated.planned
 
 
 def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress: OnProgress | None) -> Receipt:
@@ -130,7 +162,7 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
         metadata | (blank_entries() if has_receipt else {}),
         planned.tensors,
         inputs=inputs.files,
-        settings=f"{inputs.settings} {_fingerprint(job.weighed.matrix)}",
+        settings=f"{inputs.settings} {_fingerprint(job.weighed.matrix)} {job.compensated.key}",
         resume=resume,
     ) as writer:
         write_tensors(writer, planned, n_threads, on_progress)
@@ -154,10 +186,10 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
             verify_seconds=time.perf_counter() - converted,
             peak_memory=peak_memory(),
             checks=(*checks, *line),
-            notes=(*planned.notes, *notes),
+            notes=(*planned.notes, *notes, *job.compensated.notes),
             run_notes=(*job.weighed.run_notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
             quality=asdict(quality),
-            calibration=job.weighed.origin,
+            calibration="; ".join(filter(None, (job.weighed.origin, job.compensated.line))),
         )
         if job.report is not None:
             write_report(Path(job.report), made, errors, job.weighed.matrix is not None, job.original.n_bytes)

@@ -21,7 +21,6 @@ from converters.sources import Source
 Array = NDArray[np.float32]
 
 
-
 @dataclass(frozen=True)
 class _Family:
     """How a family differs from Llama. norm_offset: what is added to a stored norm. post_norms: attention and

@@ -12,20 +12,21 @@ from converters.produce import produce
 from converters.writer import Writer, journal_path, partial_path
 from edgellm.errors import CheckpointError
 from edgellm.gguf_header import vouched
-from edgellm.measure.scoring import OnProgress
+from edgellm.measure.scoring import OnProgress, Sample
 
 
 class Original:
     """A GGUF in F16 beside `out`; made when `path` is first asked for, gone when it is closed.
 
     It has the name of a partial file all its life: what a kill leaves of it is nobody's model. A GGUF source is its own
-    original.
+    original. samples: texts as its tokens, kept by those who read them.
     """
 
     def __init__(self, inputs: Inputs, out: Path, n_threads: int = 0, on_progress: OnProgress | None = None) -> None:
         self._inputs, self._n_threads, self._on_progress = inputs, n_threads, on_progress
         self._out = out.with_name(f"{out.name}.original")
         self._opened = ExitStack()
+        self.samples: dict[str, list[Sample]] = {}
         for left in (partial_path(self._out), journal_path(partial_path(self._out))):  # of an attempt that was killed
             with suppress(OSError):
                 left.unlink()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class PlannedTensor:
 
     sources: the stored tensors it is made of, several where experts are stacked (each then gives its share of the
     bytes, in order). A tensor computed from the config has none, but `computed`. importance: float32 (matrices,
-    columns), what the quantizer weighs errors with.
+    columns), what the quantizer weighs errors with. packed: a file with its bytes, as numpy saves them, if they are
+    made already.
     """
 
     name: str
@@ -60,6 +62,7 @@ class PlannedTensor:
     sources: tuple[SourceTensor, ...] = ()
     computed: Array | None = field(default=None, repr=False)
     importance: Array | None = field(default=None, repr=False)
+    packed: Path | None = None
 
     @property
     def n_elements(self) -> int:

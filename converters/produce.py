@@ -33,7 +33,8 @@ def produce(
         for tensor, after in zip_longest(tensors, tensors[1:]):
             weights = read.result() if read else None
             # Two at a time stay below what the largest needs alone, so that reading ahead costs no memory.
-            if after and len(after.sources) == 1 and 2 * max(tensor.n_elements, after.n_elements) <= largest:
+            is_whole = after is not None and after.packed is None and len(after.sources) == 1
+            if after and is_whole and 2 * max(tensor.n_elements, after.n_elements) <= largest:
                 read = reader.submit(load, after, 0, sizes)
             else:
                 read = None
@@ -42,6 +43,9 @@ def produce(
 
 def _pieces(tensor: PlannedTensor, weights: Array | None, sizes: Sizes, n_threads: int) -> Pieces:
     """weights: those of the only source, if they have been read already."""
+    if tensor.packed is not None:
+        yield np.load(tensor.packed, mmap_mode="r")
+        return
     if tensor.computed is not None:
         yield quantize_rows(tensor.computed, TYPE_IDS[tensor.type_name], n_threads=n_threads)
     for k in range(len(tensor.sources)):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType, GGUFWriter
@@ -31,7 +31,7 @@ from edgellm import __version__
 from edgellm.errors import OutputError
 
 _MAGIC = b"GGUF"
-_RESUMABLE = (KeyboardInterrupt, MemoryError, OutputError)  # another attempt may fare better
+RESUMABLE = (KeyboardInterrupt, MemoryError, OutputError)  # another attempt may fare better
 
 
 def check_output(out: Path, n_bytes: int, force: bool) -> None:
@@ -75,7 +75,7 @@ class Writer:
         self.partial = partial_path(out)
         self.n_kept = 0
         self._arch, self._metadata = arch, dict(metadata)
-        self._header = _header_bytes(arch, metadata, tensors)
+        self._header = header_bytes(arch, metadata, tensors)
         self._tensors = tensors
         self._journal = Journal(journal_path(self.partial), job_id(self._header, inputs, f"{__version__} {settings}"))
         self._resume, self._committed, self._n_finished = resume, False, 0
@@ -123,10 +123,10 @@ class Writer:
 
     def _starts(self) -> dict[str, int]:
         """Where each tensor's bytes begin in the file."""
-        position, starts = _padded(len(self._header)), {}
+        position, starts = padded(len(self._header)), {}
         for tensor in self._tensors:
             starts[tensor.name] = position
-            position = _padded(position + tensor.n_bytes)
+            position = padded(position + tensor.n_bytes)
         return starts
 
     def write(self, tensor: PlannedTensor, pieces: Iterable[NDArray[np.uint8]]) -> None:
@@ -146,7 +146,7 @@ class Writer:
 
     def _pad(self) -> None:
         position = self._file.tell()
-        self._file.write(bytes(_padded(position) - position))
+        self._file.write(bytes(padded(position) - position))
 
     def finish(self) -> Path:
         """All bytes on disk and the magic in place: the partial file can now be opened and checked."""
@@ -161,7 +161,7 @@ class Writer:
 
     def amend(self, metadata: Mapping[str, Any]) -> None:
         """Other values for entries of the finished file; each must take as many bytes as the one before."""
-        header = _header_bytes(self._arch, {**self._metadata, **metadata}, self._tensors)
+        header = header_bytes(self._arch, {**self._metadata, **metadata}, self._tensors)
         if len(header) != len(self._header):
             raise ValueError("an amended entry has another size")
         with _disk_errors(self.partial), self.partial.open("r+b") as file:
@@ -186,7 +186,7 @@ class Writer:
     def _leave(self, kind: type[BaseException] | None) -> None:
         with suppress(OSError):  # a full disk fails again when the last buffer is flushed
             self._file.close()
-        if self._resume and self._n_finished and kind is not None and issubclass(kind, _RESUMABLE):
+        if self._resume and self._n_finished and kind is not None and issubclass(kind, RESUMABLE):
             self._journal.close()
             return
         self.partial.unlink(missing_ok=True)
@@ -203,7 +203,20 @@ def journal_path(partial: Path) -> Path:
     return Path(f"{partial}.journal")
 
 
-def _header_bytes(arch: str, metadata: Mapping[str, Any], tensors: Sequence[PlannedTensor]) -> bytes:
+class _Info(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+def header_bytes(arch: str, metadata: Mapping[str, Any], tensors: Sequence[_Info]) -> bytes:
     """Everything before the tensor data, with the magic, without the padding."""
     writer = GGUFWriter(None, arch)
     for key, value in metadata.items():
@@ -222,7 +235,8 @@ def _header_bytes(arch: str, metadata: Mapping[str, Any], tensors: Sequence[Plan
     return header.getvalue()
 
 
-def _padded(n_bytes: int) -> int:
+def padded(n_bytes: int) -> int:
+    """Where the next tensor may begin."""
     return int(GGUFWriter.ggml_pad(n_bytes, GGUF_DEFAULT_ALIGNMENT))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgellm.config import DEFAULT_N_BATCH
 from edgellm.errors import CheckpointError
 from edgellm.measure.scoring import OnProgress, Sample
 from edgellm.measure.watching import block_shapes, by_expert, n_matrices, watch_inputs
@@ -67,7 +68,8 @@ def collect_gram(
     n_threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Gram:
-    """Run the model over the samples, as often as `memory` (bytes for matrices) asks, and leave H in `folder`.
+    """Run the model over the samples, as often as `memory` (bytes for matrices and inputs) asks, and leave H in
+    `folder`.
 
     CheckpointError where one matrix alone is larger than the memory. The folder must be empty or ours.
     """
@@ -77,7 +79,8 @@ def collect_gram(
     n_of = {shared: n_matrices(shapes[shared]) for shared in widths}
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, tuple[int, ...]] = {}
-    passes = _passes({s: 4 * n_of[s] * sum(w * w for w in widths[s]) for s in widths}, memory)
+    n_bytes = {s: 4 * (n_of[s] * sum(w * w for w in widths[s]) + DEFAULT_N_BATCH * sum(widths[s])) for s in widths}
+    passes = _passes(n_bytes, memory)
     for number, names in enumerate(passes):
         sums = {s: [np.zeros((n_of[s], w, w), np.float32) for w in widths[s]] for s in names}
         n_rows = {s: np.zeros(n_of[s], np.int64) for s in names}

@@ -23,13 +23,13 @@ def open_gguf(path: Path) -> Source:
     if int(header.metadata.get("split.count", 1)) > 1:
         raise CheckpointError(f"{path} is one part of a split GGUF; merge the parts with llama-gguf-split first")
     tensors = {
-        name: SourceTensor(name, info.shape, info.type_name, info.n_bytes, partial(_read, path, info))
+        name: SourceTensor(name, info.shape, info.type_name, info.n_bytes, partial(read_tensor, path, info))
         for name, info in header.tensors.items()
     }
     return Source(path, "gguf", {}, tensors, header.metadata)
 
 
-def _read(path: Path, info: TensorInfo, k: int = 0, n: int = 1) -> NDArray[np.float32]:
+def read_tensor(path: Path, info: TensorInfo, k: int = 0, n: int = 1) -> NDArray[np.float32]:
     """Dequantized as gguf.quants does it: exact products, the same on every machine."""
     shape = (info.shape[0] // n, *info.shape[1:])
     out = np.empty(info.n_elements // n, dtype=np.float32)

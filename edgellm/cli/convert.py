@@ -14,7 +14,7 @@ import typer
 
 from edgellm.cli import convert_options as asked
 from edgellm.cli.console import clear_status, status
-from edgellm.cli.options import path_and_number
+from edgellm.cli.options import n_bytes, path_and_number
 from edgellm.measure.words import quality_lines
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +33,10 @@ def convert(
     calibrate: asked.Calibrate = None,
     imatrix: asked.Imatrix = None,
     save_imatrix: asked.SaveImatrix = None,
+    save_gram: asked.SaveGram = None,
+    memory: asked.Memory = "8GB",
+    compensate: asked.Compensate = None,
+    effort: asked.Effort = 3,
     receipt: asked.ReceiptLevel = "auto",
     receipt_text: asked.ReceiptText = None,
     report: asked.Report = None,
@@ -59,7 +63,7 @@ def convert(
         if dry_run:
             print_plan(converters.plan(source, **recipe), as_json)
             return
-        weighed = {"calibrate": calibrate, "imatrix": imatrix, "save_imatrix": save_imatrix}
+        weighed = {"calibrate": calibrate, "imatrix": imatrix, "save_imatrix": save_imatrix, "save_gram": save_gram}
         judged = {"receipt": receipt, "receipt_text": receipt_text, "report": report}
         target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
         with progress_bar("converting") as on_progress:
@@ -69,6 +73,9 @@ def convert(
                 **recipe,
                 **weighed,
                 **judged,
+                memory=n_bytes(memory),
+                compensate=compensate,
+                effort=effort,
                 pre=pre,
                 merge_base=merge_base,
                 force=force,

@@ -43,6 +43,19 @@ Imatrix: TypeAlias = Annotated[Path | None, typer.Option(help="Use this importan
 SaveImatrix: TypeAlias = Annotated[
     Path | None, typer.Option("--save-imatrix", help="Also write the collected matrix as llama.cpp's file.")
 ]
+SaveGram: TypeAlias = Annotated[
+    Path | None, typer.Option("--save-gram", metavar="DIR", help="Also write the inputs' Gram matrices, as .npy files.")
+]
+Memory: TypeAlias = Annotated[
+    str, typer.Option(metavar="SIZE", help="What calibration may take for matrices at a time: 8GB, 500MB.")
+]
+Compensate: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--compensate/--no-compensate", help="Make up for rounding errors on that text [default: with --calibrate]."
+    ),
+]
+Effort: TypeAlias = Annotated[int, typer.Option(min=1, max=5, help="How much of the text that looks at.")]
 ReceiptLevel: TypeAlias = Annotated[
     str,
     typer.Option(

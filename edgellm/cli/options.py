@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -72,6 +73,15 @@ def path_and_number(text: str) -> tuple[Path, float]:
         return Path(path), float(number)
     except ValueError:
         return Path(text), 1.0
+
+
+def n_bytes(text: str) -> int:
+    """Bytes from a number with or without a unit: 85MB, 2.5 GB, 1GiB. ValueError for anything else."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
+    if not found:
+        raise ValueError(f"{text!r} is no size; give bytes or a unit, such as 85MB or 2.5GB")
+    number, unit, is_binary = found.groups()
+    return int(float(number) * (1024 if is_binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def check_sampling(given: dict[str, Any]) -> None:

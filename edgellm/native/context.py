@@ -7,16 +7,16 @@ sees to that); `abort` and `close` may be called from any thread at any time, al
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from edgellm.config import LoadParams, physical_cpu_count
+from edgellm.config import LoadParams
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.native import library
+from edgellm.native.context_params import context_params, flag_reader, new_batch
 from edgellm.native.lora import ActiveAdapters, Adapter
 from edgellm.native.model import NativeModel
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 DecodeProgress = Callable[[int, int], object]  # (tokens done, tokens in all); returning False cancels
 
-_KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # ggml type ids
 _EXIT_PATIENCE_S = 10.0  # a decode that was told to abort returns after one graph node
 
 
@@ -65,8 +64,8 @@ class Context:
         self._adapters = ActiveAdapters()
         wanted = params.n_ctx or model.n_ctx_train
         self.n_ctx = min(wanted, model.n_ctx_train) if model.n_ctx_train > 0 else wanted
-        self._abort_callback, abort_flag = _flag_reader(lib)
-        native_params = _context_params(lib, params, self.n_ctx, n_outputs)
+        self._abort_callback, abort_flag = flag_reader(lib)
+        native_params = context_params(lib, params, self.n_ctx, n_outputs)
         if embeddings:
             native_params.embeddings = True
             if not model.names_pooling:
@@ -88,7 +87,7 @@ class Context:
         self.n_batch = int(lib.llama_n_batch(pointer))
         self.n_threads = int(lib.llama_n_threads(pointer))
         self._memory = lib.llama_get_memory(pointer)
-        self._native = _Native(pointer, _new_batch(lib, self.n_batch), abort_flag)
+        self._native = _Native(pointer, new_batch(lib, self.n_batch), abort_flag)
         # the model among the arguments keeps it alive until the context is gone
         self._free = weakref.finalize(self, _release, lib, self._native, self._samplers, model)
 
@@ -337,42 +336,6 @@ def _release(lib: Any, native: _Native, samplers: weakref.WeakSet[Any], _model: 
         lib.llama_free(pointer)
         lib.llama_batch_free(native.batch)
         native.lock.release()
-
-
-def _flag_reader(lib: Any) -> tuple[Any, Any]:
-    """An abort callback with the flag it reads: no Python runs inside a decode, which asks hundreds of times.
-
-    C's strlen is that callback: of a two-byte buffer it gives 0 (go on) or 1 (abort) by the first byte.
-    """
-    libc = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
-    return ctypes.cast(libc.strlen, lib.ggml_abort_callback), ctypes.create_string_buffer(2)
-
-
-def _context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int) -> Any:
-    native = lib.llama_context_default_params()
-    native.n_ctx = n_ctx
-    native.n_batch = native.n_ubatch = min(params.n_batch, n_ctx)
-    native.n_outputs_max = min(n_outputs, native.n_batch)
-    native.n_outputs_max_per_seq = 0
-    native.n_threads = native.n_threads_batch = params.n_threads or physical_cpu_count()
-    native.type_k = native.type_v = _KV_TYPES[params.kv_type]
-    flash_attention = {
-        None: lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
-        True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-        False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED,
-    }
-    native.flash_attn_type = flash_attention[params.flash_attn]
-    native.no_perf = True
-    native.swa_full = True  # without it a sliding-window model can't take back the end of a conversation
-    return native
-
-
-def _new_batch(lib: Any, n_batch: int) -> Any:
-    batch = lib.llama_batch_init(n_batch, 0, 1)
-    for i in range(n_batch):
-        batch.n_seq_id[i] = 1
-        batch.seq_id[i][0] = 0
-    return batch
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

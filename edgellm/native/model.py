@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgellm.config import LoadMode
 from edgellm.errors import Cancelled, GenerationError, ModelFileError
@@ -32,7 +32,7 @@ class NativeModel:
         self,
         path: Path,
         *,
-        load_mode: LoadMode = "repack",
+        load_mode: LoadMode | Literal["copy"] = "repack",
         n_gpu_layers: int = -1,
         on_progress: LoadProgress | None = None,
     ) -> None:
@@ -43,7 +43,8 @@ class NativeModel:
         watch = _ProgressWatch(on_progress)
         params = lib.llama_model_default_params()
         mmap, mlock = lib.LLAMA_LOAD_MODE_MMAP, lib.LLAMA_LOAD_MODE_MMAP_MLOCK
-        params.load_mode = mlock if load_mode == "mlock" else mmap
+        modes = {"mlock": mlock, "copy": lib.LLAMA_LOAD_MODE_NONE}  # copy: memory of our own, as it is in the file
+        params.load_mode = modes.get(load_mode, mmap)
         params.use_extra_bufts = load_mode == "repack"
         params.n_gpu_layers = n_gpu_layers
         callback = lib.llama_progress_callback(watch)

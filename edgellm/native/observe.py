@@ -19,7 +19,8 @@ from edgellm.native import library
 from edgellm.native.ggml import base_library
 
 _N_SOURCES, _N_DIMS, _N_OP_PARAMS, _N_NAME = 10, 4, 16, 64
-_F32 = 0
+_F32, _F16 = 0, 1
+_FLOATS = (_F32, _F16)
 
 
 class _Tensor(ctypes.Structure):
@@ -50,12 +51,27 @@ OnInputs = Callable[[str, int, NDArray[np.float32], NDArray[np.int32] | None], o
 class InputWatch:
     """Shows the inputs of the chosen weights' matrix products while a context decodes.
 
-    wanted: whether a weight (by its GGUF name) is of interest. An exception of `on_inputs` can't cross native code:
-    it is kept, nothing more is shown, and `raise_error` raises it after the decode.
+    wanted: whether a weight (by its GGUF name) is of interest. last: the tensor of the graph after which nothing more
+    is computed, its values being `last_values`. step_by_step: inputs are shown before the product is computed, not
+    after, and `replace` may give the weight other values for it.
+
+    An exception of `on_inputs` can't cross native code: it is kept, nothing more is shown, and `raise_error` raises it
+    after the decode.
     """
 
-    def __init__(self, wanted: Callable[[str], bool], on_inputs: OnInputs) -> None:
+    def __init__(
+        self,
+        wanted: Callable[[str], bool],
+        on_inputs: OnInputs,
+        *,
+        last: str = "",
+        step_by_step: bool = False,
+    ) -> None:
         self._wanted, self._on_inputs = wanted, on_inputs
+        self._last, self.step_by_step = last.encode(), step_by_step
+        self.last_values: NDArray[np.float32] | None = None
+        self._stopped = False
+        self._replaced: dict[str, NDArray[np.float32]] = {}
         self._error: BaseException | None = None
         self._names: dict[int, str | None] = {}  # address of a weight → its name if wanted
         self._products = _product_ops()
@@ -66,20 +82,32 @@ class InputWatch:
         if self._error is not None:
             raise self._error
 
+    def replace(self, name: str, values: NDArray[np.float32]) -> None:
+        """Other values for a wanted weight, of its shape, from its next product on. The model must not be mapped."""
+        self._replaced[name] = values
+
     def _see(self, address: int, ask: bool, _: object) -> bool:
+        """llama.cpp asks about each node of the graph in turn, and again once it has computed those it was told yes to.
+        What it is told then is whether to go on.
+        """
         try:
+            if self._stopped:
+                return ask
             tensor = _Tensor.from_address(address)
             is_expert = self._products.get(tensor.op)
-            if is_expert is None or self._error is not None:
-                return not ask
-            name = self._name(tensor.src[0])
-            if name is None:
-                return not ask
-            if not ask:
-                self._show(name, tensor, is_expert)
+            name = None if is_expert is None else self._name(tensor.src[0])
+            if name is not None and ask == self.step_by_step:
+                self._show(name, tensor, bool(is_expert))
+            if not ask and self._last and tensor.name == self._last:
+                self.last_values = _as_array(tensor, ctypes.c_float, np.float32).copy()
+                self._stopped = True
+            return not self._stopped and (not ask or self.step_by_step or name is not None or self._is_last(tensor))
         except BaseException as exc:
-            self._error = exc
-        return True
+            self._error, self._stopped = exc, True
+            return ask
+
+    def _is_last(self, tensor: _Tensor) -> bool:
+        return bool(self._last) and bool(tensor.name == self._last)
 
     def _name(self, address: int) -> str | None:
         if address not in self._names:
@@ -94,11 +122,25 @@ class InputWatch:
         inputs = _as_array(source, ctypes.c_float, np.float32)
         if not is_expert:
             self._on_inputs(name, tensor.src[1], inputs.reshape(-1, *inputs.shape[-2:]), None)
-            return
+        else:
+            self._show_experts(name, tensor, inputs)
+        if name in self._replaced:
+            _overwrite(_Tensor.from_address(tensor.src[0]), self._replaced.pop(name))
+
+    def _show_experts(self, name: str, tensor: _Tensor, inputs: NDArray[np.float32]) -> None:
         # inputs: (tokens, 1 or experts used, columns); the experts: (tokens, experts used)
         experts = _as_array(_Tensor.from_address(tensor.src[2]), ctypes.c_int32, np.int32)[0, 0]
         rows = np.broadcast_to(inputs[0], (*experts.shape, inputs.shape[-1]))
         self._on_inputs(name, tensor.src[1], rows.transpose(1, 0, 2), experts.T)
+
+
+def _overwrite(tensor: _Tensor, values: NDArray[np.float32]) -> None:
+    if tensor.type not in _FLOATS:
+        raise EdgeLLMError(f"tensor {tensor.name.decode()} isn't stored as floats: it can't be given other values")
+    data = values.astype(np.float32) if tensor.type == _F32 else values.astype(np.float16)
+    if data.size != np.prod(list(tensor.ne)):
+        raise EdgeLLMError(f"tensor {tensor.name.decode()} has another shape than {data.shape}")
+    ctypes.memmove(tensor.data, np.ascontiguousarray(data).ctypes.data, data.nbytes)
 
 
 def _as_array(tensor: _Tensor, c_type: Any, dtype: Any) -> NDArray[Any]:

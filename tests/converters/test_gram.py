@@ -18,10 +18,12 @@ from converters.original import Original
 from converters.prepare import open_inputs
 from converters.quantize.gram import Gram, collect_gram, read_gram
 from converters.quantize.importance import collect_importance
+from edgellm.cli.options import n_bytes
 from edgellm.errors import CheckpointError
 from edgellm.measure.scoring import Sample
 from edgellm.measure.texts import read_samples
 from tests.converters import tiny
+from tests.converters.command import refused, run
 
 RNG = np.random.default_rng(0)
 SAMPLES = [Sample([int(t) for t in RNG.integers(6, 1000, n)], range(1)) for n in (96, 40)]
@@ -91,7 +93,7 @@ def test_several_passes_give_the_same(model: Path, collected: Gram, tmp_path: Pa
         model.with_suffix(".gguf"),
         SAMPLES,
         tmp_path,
-        memory=300_000,
+        memory=800_000,
         on_progress=lambda what, done, total: seen.append((done, total)),
     )
     assert len(seen) >= 6
@@ -180,3 +182,25 @@ def test_smollm2(model_path: Path, tmp_path: Path) -> None:
     errors = {name: error(found.matrix(name), matrix) for name, matrix in torchs(folder, samples).items()}
     assert len(errors) == 210
     assert max(errors.values()) < 1e-3
+
+
+def test_convert_saves_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("Some words to read. " * 60, encoding="utf-8")
+    options = ("-q", "Q8_0", "--calibrate", tmp_path / "text.txt", "--memory", "4 MB")
+    run("convert", model, "-o", tmp_path / "a.gguf", *options, "--save-gram", tmp_path / "gram")
+    saved = read_gram(tmp_path / "gram")
+    assert saved.matrix("blk.0.ffn_down.weight").shape == (256, 256)
+    refused(run("convert", model, "-o", tmp_path / "b.gguf", *options, "--save-gram", tmp_path / "gram"), 1, "empty")
+    for options, what in ((("--save-gram", tmp_path / "x"), "calibrate"), (("--memory", "4 apples"), "no size")):
+        ended = run("convert", model, "-o", tmp_path / "b.gguf", *options)
+        assert (ended.code, what in ended.stderr) == (2, True)
+    assert not (tmp_path / "b.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("85MB", 85_000_000), ("2.5 GB", 2_500_000_000), ("1gib", 1 << 30), ("512", 512), ("3k", 3000), ("1.B", 1)],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert n_bytes(text) == expected
