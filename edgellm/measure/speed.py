@@ -10,11 +10,32 @@ from statistics import median
 
 import numpy as np
 
-from edgellm.config import LoadParams
+from edgellm.config import LoadMode, LoadParams
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
+from edgellm.native.undisturbed import undisturbed
 
 _N_WRITTEN, _ROUNDS = 24, 3
+_N_STEPS = 32
+
+
+def decode_seconds_per_token(path: Path, *, n_threads: int = 0, repack: bool = True) -> float:
+    """Seconds of decoding one token on the CPU at the beginning of a context, see `undisturbed`."""
+    load_mode: LoadMode = "repack" if repack else "mmap"
+    with closing(NativeModel(path, load_mode=load_mode, n_gpu_layers=0)) as model:
+        params = LoadParams(n_ctx=_N_STEPS, n_threads=n_threads)
+        with closing(Context(model, params)) as context:
+            return undisturbed(lambda: _seconds_of_step(context))
+
+
+def _seconds_of_step(context: Context) -> float:
+    if len(context.tokens) in (0, context.n_ctx):
+        context.reuse_prefix(())
+        context.decode([0])
+        context.step(context.likeliest(np))  # the first one after a pause wakes the threads
+    started = time.perf_counter()
+    context.step(context.likeliest(np))
+    return time.perf_counter() - started
 
 
 def measure_speed(path: Path, tokens: Sequence[int]) -> dict[str, float]:
