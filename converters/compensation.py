@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.calibrate import calibration_samples, statistics_key
-from converters.layerwise import Layerwise, compensate_model
+from converters.layerwise import Layerwise, compensate_model, head_name
 from converters.original import Original
 from converters.plan import Plan, PlannedTensor
 from converters.prepare import Inputs
@@ -27,7 +27,7 @@ from converters.writer import RESUMABLE
 from edgellm import __version__
 from edgellm.errors import OutputError
 from edgellm.gguf_header import GGUFHeader, read_header
-from edgellm.measure.scoring import OnProgress
+from edgellm.measure.scoring import OnProgress, Sample
 
 EFFORTS = range(1, 6)
 DEFAULT_EFFORT = 3
@@ -53,55 +53,64 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.compensated.partial")
 
 
-def compensate(
-    inputs: Inputs,
-    original: Original,
-    planned: Plan,
-    text: str | Path,
-    out: Path,
-    *,
-    effort: int = DEFAULT_EFFORT,
-    memory: int,
-    resume: bool = False,
-    n_threads: int = 0,
-    on_progress: OnProgress | None = None,
-) -> Compensated:
-    """Quantize what can be compensated, to files in `work_folder`.
-
-    effort: 1 to 5, each looks at twice the tokens. memory: bytes for matrices and states. ValueError for another
-    effort; OutputError where the folder beside the output has no room.
+@dataclass(frozen=True)
+class Job:
+    """A conversion with a text. effort: 1 to 5, each looks at twice the tokens. memory: bytes for matrices and states.
+    resume: goes on with what an interrupted one has finished.
     """
-    if effort not in EFFORTS:
-        raise ValueError(f"effort is {effort}; choose {EFFORTS[0]} (quick) to {EFFORTS[-1]} (thorough)")
-    header = read_header(original.path)
-    targets = {tensor.name: tensor for tensor in planned.tensors if _is_target(tensor)}
+
+    inputs: Inputs
+    original: Original
+    text: str | Path
+    out: Path
+    effort: int
+    memory: int
+    resume: bool = False
+    n_threads: int = 0
+    on_progress: OnProgress | None = None
+
+    def samples(self) -> list[Sample]:
+        """The whole text."""
+        return calibration_samples(self.original, self.text, self.on_progress)
+
+
+def compensate(job: Job, planned: Plan, samples: Sequence[Sample] | None = None) -> Compensated:
+    """Quantize what can be compensated, to files in `work_folder`. samples: of the text, if not all of it.
+
+    ValueError for another effort; OutputError where the folder beside the output has no room.
+    """
+    if job.effort not in EFFORTS:
+        raise ValueError(f"effort is {job.effort}; choose {EFFORTS[0]} (quick) to {EFFORTS[-1]} (thorough)")
+    header = read_header(job.original.path)
+    head = head_name(header)
+    targets = {tensor.name: tensor for tensor in planned.tensors if _is_target(tensor, head)}
     if not targets:
         return Compensated(planned)
-    samples = _tokens(original, text, effort, header, memory, on_progress)
-    folder = work_folder(out)
+    tokens = _tokens(job.samples() if samples is None else samples, job.effort, header, job.memory)
+    folder = work_folder(job.out)
     types = json.dumps({name: target.type_name for name, target in targets.items()})
-    key = f"{_VERSION} {__version__} {statistics_key(inputs, text)} {memory} {np.shape(samples)} {types}"
+    key = f"{_VERSION} {__version__} {statistics_key(job.inputs, job.text)} {job.memory} {tokens} {types}"
     key = hashlib.sha256(key.encode()).hexdigest()
     try:
-        _open(folder, key, resume)
-        job = Layerwise(header, targets, lambda tensor: _weights(tensor, planned), folder, n_threads=n_threads)
-        job.max_width = max(256, min(job.max_width, math.isqrt(memory // 80) // 256 * 256))
-        job.from_start = not stands_alone(header, samples[0], folder, n_threads)
-        if job.from_start:
+        _open(folder, key, job.resume)
+        work = Layerwise(header, targets, lambda tensor: _weights(tensor, planned), folder, n_threads=job.n_threads)
+        work.max_width = max(256, min(work.max_width, math.isqrt(job.memory // 80) // 256 * 256))
+        work.from_start = not stands_alone(header, tokens[0], folder, job.n_threads)
+        if work.from_start:
             n_columns = sum(target.shape[-1] for target in targets.values())
-            per_block = 4 * np.size(samples) * n_columns // block_count(header)
-            job.n_together = max(1, _INPUT_BYTES // max(1, per_block))
-        compensate_model(job, samples, on_progress)
+            per_block = 4 * np.size(tokens) * n_columns // block_count(header)
+            work.n_together = max(1, _INPUT_BYTES // max(1, per_block))
+        compensate_model(work, tokens, job.on_progress)
     except OSError as exc:
         raise OutputError(f"cannot keep what is quantized in {folder}: {exc.strerror or exc}; make room there") from exc
     done = [
-        replace(tensor, packed=path) if (path := job.packed_path(tensor.name)).exists() else tensor
+        replace(tensor, packed=path) if (path := work.packed_path(tensor.name)).exists() else tensor
         for tensor in planned.tensors
     ]
     n_done = sum(tensor.packed is not None for tensor in done)
-    line = f"rounding errors of {n_done} tensors compensated on {np.size(samples)} tokens of {Path(text).name}"
+    line = f"rounding errors of {n_done} tensors compensated on {np.size(tokens)} tokens of {Path(job.text).name}"
     notes = []
-    if n_plain := job.n_plain():
+    if n_plain := work.n_plain():
         notes.append(f"{n_plain} experts saw too few tokens to be compensated; calibrate on more text, or other text")
     return Compensated(replace(planned, tensors=tuple(done)), line, tuple(notes), key)
 
@@ -121,8 +130,9 @@ def workplace(out: Path, resume: bool) -> Iterator[None]:
     shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
-def _is_target(tensor: PlannedTensor) -> bool:
-    return layer_of(tensor.name) >= 0 and tensor.computed is None and can_compensate(tensor.type_name)
+def _is_target(tensor: PlannedTensor, head: str) -> bool:
+    has_inputs = layer_of(tensor.name) >= 0 or tensor.name == head
+    return has_inputs and tensor.computed is None and can_compensate(tensor.type_name)
 
 
 def _weights(tensor: PlannedTensor, planned: Plan) -> Array:
@@ -130,13 +140,10 @@ def _weights(tensor: PlannedTensor, planned: Plan) -> Array:
     return (parts[0] if len(parts) == 1 else np.stack(parts)).reshape(tensor.shape)
 
 
-def _tokens(
-    original: Original, text: str | Path, effort: int, header: GGUFHeader, memory: int, on_progress: OnProgress | None
-) -> list[list[int]]:
+def _tokens(samples: Sequence[Sample], effort: int, header: GGUFHeader, memory: int) -> list[list[int]]:
     """Equally long samples from all over the text, as many as the effort asks and the memory holds."""
-    samples = [sample.tokens for sample in calibration_samples(original, text, on_progress)]
-    length = max(map(len, samples))
-    whole = [tokens for tokens in samples if len(tokens) == length]
+    length = max(len(sample.tokens) for sample in samples)
+    whole = [sample.tokens for sample in samples if len(sample.tokens) == length]
     widest = max(info.shape[-1] for name, info in header.tensors.items() if layer_of(name) >= 0)
     n_embd = header.tensors["token_embd.weight"].shape[-1]
     per_token = 4 * (3 * widest + 8 * n_embd)  # of the graph's states, roughly
@@ -146,10 +153,10 @@ def _tokens(
 
 def _open(folder: Path, key: str, resume: bool) -> None:
     """A folder for this very job; what an interrupted one of the same key has finished is kept."""
-    job = folder / "job"
+    written = folder / "job"
     with suppress(OSError):
-        if resume and job.read_text(encoding="utf-8") == key:
+        if resume and written.read_text(encoding="utf-8") == key:
             return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    job.write_text(key, encoding="utf-8")
+    written.write_text(key, encoding="utf-8")

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from converters.budget.choose import budget_of
+from converters.budget.meet import Met, Wish, meet
 from converters.calibrate import calibrate as collect
 from converters.calibrate import keep_gram, save_importance
-from converters.compensation import DEFAULT_EFFORT, Compensated, workplace
+from converters.compensation import DEFAULT_EFFORT, Compensated, Job, workplace
 from converters.compensation import compensate as compensated
 from converters.original import Original, write_tensors
 from converters.plan import Plan
@@ -27,8 +29,11 @@ from converters.writer import Writer, check_output
 from edgellm.errors import EngineCrashed
 from edgellm.gguf_header import vouched
 from edgellm.measure.scoring import OnProgress
+from edgellm.measure.texts import SELF
 
+DEFAULT_QUANT = "Q4_K_M"
 DEFAULT_RECEIPT = "auto"
+_SMALL = "Q4_0"  # whose plan a budget begins with: the smallest that doesn't hurt everywhere
 
 
 def plan(
@@ -46,7 +51,10 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
-    quant: str = "Q4_K_M",
+    quant: str | None = None,
+    max_size: int | None = None,
+    max_kld: float | None = None,
+    min_speed: float | None = None,
     types: Overrides = (),
     pre: str | None = None,
     adapters: Sequence[AdapterArgument] = (),
@@ -68,6 +76,9 @@ def convert(
 ) -> Receipt:
     """Convert a checkpoint folder or a GGUF to a quantized GGUF at `out`, checked before it gets that name.
 
+    quant: a recipe's name (Q4_K_M), or "auto", which chooses for this machine's memory. max_size (bytes), max_kld
+    (nats) and min_speed (tokens per second of decoding here) are budgets instead of it, alone or together: the
+    tensors' types are then chosen by what measuring shows, on the text of `calibrate` or one that the model writes.
     pre overrides the identification of the pre-tokenizer. force replaces an existing file. n_threads 0 = all cores.
     adapters: folders of adapters to merge first, each alone or with a weight (folder, 0.5). merge_base: "fp16" or
     "dequant", see `merge_adapters`.
@@ -80,11 +91,14 @@ def convert(
     receipt_text: what to measure on in place of our own text. report: an HTML page to write about it.
     resume keeps the tensors that an interrupted conversion of the same source to the same output had finished, and
     what this one finishes if it is interrupted in turn.
-    Raises CheckpointError, OutputError or ValueError; `out` is then as it was before.
+    Raises CheckpointError, OutputError, BudgetError or ValueError; `out` is then as it was before.
     """
     started = time.perf_counter()
     inputs = open_inputs(source, adapters, pre, merge_base)
-    planned = plan_of(inputs, quant, types)
+    budget = budget_of(quant, max_size, max_kld, min_speed)
+    planned = plan_of(inputs, _SMALL if budget else quant or DEFAULT_QUANT, types)
+    if budget and calibrate is None:
+        calibrate = SELF
     if calibrate is not None and imatrix is not None:
         raise ValueError("an importance matrix is either collected (calibrate) or read (imatrix)")
     if calibrate is None and (save_imatrix is not None or save_gram is not None):
@@ -96,26 +110,23 @@ def convert(
         quality = Quality(*decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out)))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
-            planned = plan_of(inputs, quant, types, weighed.matrix)
+            planned = plan_of(inputs, planned.file_type, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
         if save_gram is not None and calibrate is not None:
             keep_gram(inputs, original, calibrate, Path(save_gram), memory, n_threads, on_progress)
-        made = Compensated(planned)
-        if calibrate is not None and compensate is not False:
-            made = compensated(
-                inputs,
-                original,
-                planned,
-                calibrate,
-                Path(out),
-                effort=effort,
-                memory=memory,
-                resume=resume,
-                n_threads=n_threads,
-                on_progress=on_progress,
-            )
-        job = _Job(inputs, made, original, weighed, Path(out), quality, receipt == "full", receipt_text, report)
+        made, met = Compensated(planned), None
+        compensates = calibrate is not None and compensate is not False
+        if calibrate is not None and (budget or compensates):
+            text_job = Job(
+                inputs, original, calibrate, Path(out), effort, memory, resume, n_threads, on_progress
+            )  # fmt: skip
+            if budget:
+                more = dict(weighed.metadata) | (blank_entries() if quality.level != "off" else {})
+                made, met = meet(text_job, Wish(budget, types, weighed.matrix, compensates, more), planned)
+            else:
+                made = compensated(text_job, planned)
+        job = _Job(inputs, made, original, weighed, Path(out), quality, receipt == "full", receipt_text, report, met)
         return _write(job, started, resume, n_threads, on_progress)
 
 
@@ -144,6 +155,7 @@ class _Job:
     must_measure: bool
     receipt_text: str | Path | None
     report: str | Path | None
+    met: Met | None = None
 
     @property
     def planned(self) -> Plan:
@@ -190,6 +202,7 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
             run_notes=(*job.weighed.run_notes, *_resumed(writer.n_kept, len(planned.tensors), resume)),
             quality=asdict(quality),
             calibration="; ".join(filter(None, (job.weighed.origin, job.compensated.line))),
+            budget=job.met.as_dict() if job.met else None,
         )
         if job.report is not None:
             write_report(Path(job.report), made, errors, job.weighed.matrix is not None, job.original.n_bytes)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.plan import PlannedTensor
-from converters.quantize.compensate import Fit, compensated, fit, unpacked
+from converters.quantize.compensate import DAMPING, HEAD_DAMPING, Fit, compensated, fit, unpacked
 from converters.quantize.grids import Array, Bytes
 from converters.quantize.recipes import layer_of
 from converters.quantize.types import TYPE_IDS
@@ -31,6 +31,7 @@ from edgellm.native.sweep import Tokens, sweep
 
 Experts = NDArray[np.int32]
 
+_MADE_UP = 0.5  # of what is missing from the residual stream; all of it fits the text at hand too closely (measured)
 _MIN_TOKENS = 0.25  # of the columns; an expert that saw fewer is rounded as ever
 
 
@@ -63,14 +64,18 @@ class Layerwise:
 
 @dataclass
 class _Pass:
-    """Some blocks' way through llama.cpp. run: the blocks in the slice; fitted: those quantized this time. inputs: of
+    """Some blocks' way through llama.cpp. run: the blocks in the slice; fitted: those quantized this time; is_last: the
+    head's turn comes after them. inputs: of
     the first of the weights that share them, in the unquantized model, float32 (tokens, columns); none for experts,
-    which other tokens may reach in the quantized one.
+    which other tokens may reach in the quantized one. added: weight → what is added to its product, by its name in the
+    graph, and its values in the unquantized model, float32 (tokens, rows).
     """
 
     run: range
     fitted: range
+    is_last: bool = False
     inputs: dict[str, Array] = field(default_factory=dict)
+    added: dict[str, tuple[str, Array]] = field(default_factory=dict)
 
     def name(self, in_slice: str) -> str:
         """A weight's name in the whole model."""
@@ -79,12 +84,12 @@ class _Pass:
 
     @property
     def last(self) -> str:
-        """What the graph calls the states that leave the last block."""
-        return f"l_out-{self.fitted[-1] - self.run.start}"
+        """What the graph calls the states that leave the last block; nothing where it goes on to the head."""
+        return "" if self.is_last else f"l_out-{self.fitted[-1] - self.run.start}"
 
 
 def compensate_model(job: Layerwise, samples: Sequence[Sequence[int]], on_progress: OnProgress | None = None) -> None:
-    """Quantize the targets, all of which lie in blocks, to files of the folder. samples: token ids, equally long."""
+    """Quantize the targets to files of the folder: those in blocks, and the head. samples: token ids, equally long."""
     used, places = np.unique(np.array(samples, np.int32), return_inverse=True)
     tokens: Tokens = places.reshape(len(samples), -1).tolist()
     exact: Tokens | Array = tokens
@@ -94,7 +99,8 @@ def compensate_model(job: Layerwise, samples: Sequence[Sequence[int]], on_progre
         if on_progress:
             on_progress("compensating", start, n_blocks)
         fitted = range(start, min(start + job.n_together, n_blocks))
-        now = _Pass(range(n_blocks) if job.from_start else fitted, fitted)
+        is_last = fitted.stop == n_blocks and head_name(job.header) in job.targets
+        now = _Pass(range(n_blocks) if job.from_start else fitted, fitted, is_last)
         path = job.folder / "slice.gguf"
         earlier = {n: (t.type_name, np.load(job.packed_path(n))) for n, t in job.targets.items() if _is_before(n, now)}
         write_slice(path, job.header, now.run, used, earlier, job.targets)
@@ -103,6 +109,11 @@ def compensate_model(job: Layerwise, samples: Sequence[Sequence[int]], on_progre
             exact, rounded = after
     for left in job.folder.glob("inputs-*.npy"):
         left.unlink()
+
+
+def head_name(header: GGUFHeader) -> str:
+    """The weight that makes the logits; where it is token_embd, its rows are the tokens' embeddings too."""
+    return "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
 
 
 def _is_before(name: str, now: _Pass) -> bool:
@@ -118,13 +129,20 @@ def _see_exact(job: Layerwise, now: _Pass, path: Path, inputs: Tokens | Array) -
         if source == last_source or experts is not None:
             return
         last_source = source
-        rows = rows.reshape(-1, rows.shape[-1])
-        file = job.folder / f"inputs-{len(now.inputs)}.npy"
+        now.inputs[now.name(in_slice)] = keep(f"inputs-{len(now.inputs)}", rows.reshape(-1, rows.shape[-1]))
+
+    def see_added(in_slice: str, name: str, rows: Array) -> None:
+        now.added[now.name(in_slice)] = name, keep(f"inputs-added-{len(now.added)}", rows)
+
+    def keep(what: str, rows: Array) -> Array:
+        file = job.folder / f"{what}.npy"
         file.unlink(missing_ok=True)  # the one of the blocks before may still be mapped
         np.save(file, rows)
-        now.inputs[now.name(in_slice)] = np.load(file, mmap_mode="r")
+        kept: Array = np.load(file, mmap_mode="r")
+        return kept
 
-    return _swept(job, now, path, inputs, InputWatch(_wanted(job, now), see, last=now.last))
+    watch = InputWatch(_wanted(job, now), see, last=now.last, on_added=see_added)
+    return _swept(job, now, path, inputs, watch)
 
 
 def _fit_on(job: Layerwise, now: _Pass, path: Path, inputs: Tokens | Array) -> Array:
@@ -141,33 +159,58 @@ def _fit_on(job: Layerwise, now: _Pass, path: Path, inputs: Tokens | Array) -> A
                 packed = _expert_bytes(job, target, rows, experts)
             else:
                 if shared[0] != source:
-                    shared = source, _fits(job, rows.reshape(-1, rows.shape[-1]), now.inputs.get(target.name))
+                    missing = _missing(now, target.name, watch)
+                    x = rows.reshape(-1, rows.shape[-1])
+                    if target.name == "token_embd.weight":  # moved, its rows would be other embeddings
+                        shared = source, _fits(job, x, None, damping=HEAD_DAMPING)
+                    else:
+                        shared = source, _fits(job, x, now.inputs.get(target.name), missing)
                 packed = _bytes(job, target, shared[1])
             _save(job.packed_path(target.name), packed)
-        watch.replace(in_slice, unpacked(target.type_name, np.load(job.packed_path(target.name)), target.shape[-1]))
+        if layer_of(target.name) >= 0:
+            watch.replace(in_slice, unpacked(target.type_name, np.load(job.packed_path(target.name)), target.shape[-1]))
 
     watch = InputWatch(_wanted(job, now), see, last=now.last, step_by_step=True)
     return _swept(job, now, path, inputs, watch)
 
 
 def _wanted(job: Layerwise, now: _Pass) -> Callable[[str], bool]:
-    return lambda in_slice: now.name(in_slice) in job.targets and layer_of(now.name(in_slice)) in now.fitted
+    def is_wanted(in_slice: str) -> bool:
+        name = now.name(in_slice)
+        return name in job.targets and (layer_of(name) in now.fitted or (layer_of(name) < 0 and now.is_last))
+
+    return is_wanted
 
 
 def _swept(job: Layerwise, now: _Pass, path: Path, inputs: Tokens | Array, watch: InputWatch) -> Array:
     sweep(path, inputs, watch, n_threads=job.n_threads)
+    if now.is_last:
+        return np.empty(0, np.float32)
     if watch.last_values is None:
         raise CheckpointError(f"llama.cpp's graph of {job.header.architecture} has no {now.last}: please report this")
     return watch.last_values.reshape(len(inputs), len(inputs[0]), -1)
 
 
-def _fits(job: Layerwise, rows: Array, exact: Array | None) -> list[Fit]:
-    """How to round weights with these inputs, float32 (tokens, columns), for each stretch of columns."""
+def _missing(now: _Pass, name: str, watch: InputWatch) -> Array | None:
+    """How far what will be added to a weight's product is from what it is in the unquantized model."""
+    in_graph, exact = now.added.get(name, ("", None))
+    found = watch.values(in_graph)
+    return None if exact is None or found is None or found.shape != exact.shape else exact - found
+
+
+def _fits(
+    job: Layerwise, rows: Array, exact: Array | None, missing: Array | None = None, damping: float = DAMPING
+) -> list[Fit]:
+    """How to round weights with these inputs, float32 (tokens, columns), for each stretch of columns; `missing` of the
+    outputs is made up for besides, each stretch making up for its share.
+    """
     fits = []
-    for columns in _stretches(rows.shape[1], job.max_width):
+    stretches = _stretches(rows.shape[1], job.max_width)
+    for columns in stretches:
         x = np.ascontiguousarray(rows[:, columns])
         cross = None if exact is None else exact[:, columns].T @ x / np.float32(len(x))
-        fits.append(fit(x.T @ x / np.float32(len(x)), cross))
+        extra = None if missing is None else missing.T @ x * np.float32(_MADE_UP / len(x) / len(stretches))
+        fits.append(fit(x.T @ x / np.float32(len(x)), cross, extra, damping))
     return fits
 
 

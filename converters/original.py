@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -55,14 +56,21 @@ class Original:
         return self._inputs.source.n_bytes if self._inputs.is_gguf else self._planned.n_bytes
 
     def _write(self, planned: Plan) -> Path:
-        metadata, _ = metadata_of(self._inputs, planned)
-        with ExitStack() as stack:
-            writer = stack.enter_context(Writer(self._out, planned.architecture, metadata, planned.tensors))
-            write_tensors(writer, planned, self._n_threads, self._on_progress)
-            path = writer.finish()
-            stack.enter_context(vouched(path))
-            self._opened = stack.pop_all()  # never committed: leaving the writer removes the file
-        return path
+        written = scratch(self._inputs, planned, self._out, self._n_threads, self._on_progress)
+        return self._opened.enter_context(written)
+
+
+@contextmanager
+def scratch(
+    inputs: Inputs, planned: Plan, out: Path, n_threads: int = 0, on_progress: OnProgress | None = None
+) -> Iterator[Path]:
+    """A plan written beside `out` under the name of a partial file, which is gone afterwards."""
+    metadata, _ = metadata_of(inputs, planned)
+    with Writer(out, planned.architecture, metadata, planned.tensors) as writer:
+        write_tensors(writer, planned, n_threads, on_progress)
+        path = writer.finish()
+        with vouched(path):
+            yield path  # never committed: leaving the writer removes the file
 
 
 def write_tensors(writer: Writer, planned: Plan, n_threads: int, on_progress: OnProgress | None) -> None:

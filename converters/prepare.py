@@ -15,7 +15,7 @@ from converters.adapters.read import Adapter, read_adapter
 from converters.damage import blamed_on
 from converters.plan import Plan, make_plan
 from converters.quantize.importance import Importance
-from converters.quantize.types import WEIGHT_TYPES, find_file_type
+from converters.quantize.types import WEIGHT_TYPES, FileType, find_file_type
 from converters.requantize import make_gguf_plan
 from converters.sources import Source, open_source
 from converters.tokenizers.read import read_vocabulary
@@ -79,9 +79,9 @@ def _folder_and_weight(adapter: AdapterArgument) -> tuple[Path, float]:
     return Path(folder), weight
 
 
-def plan_of(inputs: Inputs, quant: str, types: Overrides = (), importance: Importance | None = None) -> Plan:
+def plan_of(inputs: Inputs, quant: str | FileType, types: Overrides = (), importance: Importance | None = None) -> Plan:
     """What a recipe makes of the source. ValueError for unknown names, CheckpointError and its kin."""
-    file_type = find_file_type(quant)
+    file_type = find_file_type(quant) if isinstance(quant, str) else quant
     overrides = [_override(pattern, type_name) for pattern, type_name in types]
     make = make_gguf_plan if inputs.is_gguf else make_plan
     with blamed_on(inputs.source.path):

@@ -13,7 +13,8 @@ from converters.plan import Plan
 
 @dataclass(frozen=True)
 class Receipt:
-    """Sizes in bytes, times in seconds. types: tensor type → (number of tensors, bytes). quality: see quality.py.
+    """Sizes in bytes, times in seconds. types: tensor type → (number of tensors, bytes). quality: see quality.py;
+    budget: `Met` of budget/meet.py as plain data, if one was asked for.
 
     run_notes: what was so only this time; the receipt in the file goes without, as the same job writes the same bytes.
     """
@@ -35,6 +36,7 @@ class Receipt:
     run_notes: tuple[str, ...] = ()
     quality: Mapping[str, Any] = field(default_factory=dict)
     calibration: str = ""
+    budget: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for --json."""
@@ -47,7 +49,7 @@ _UNMEASURED = -1.0  # no NaN: metadata must be comparable
 _FIGURES = ("perplexity", "kld_mean", "kld_p99", "same_top", "ppl_ratio")
 _IN_FILE = (
     "quant", "n_parameters", "source_bytes", "output_bytes", "bits_per_weight", "n_fallback", "checks", "notes",
-    "quality", "calibration",
+    "quality", "calibration", "budget",
 )  # fmt: skip
 
 
@@ -63,6 +65,8 @@ def entries_of(receipt: Receipt) -> dict[str, Any]:
     kld = measured.get("kld") or {}
     figures = {**measured, "kld_mean": kld.get("mean"), "kld_p99": kld.get("p99")}
     found = {name: value for name, value in receipt.as_dict().items() if name in _IN_FILE}
+    if found["budget"]:  # the candidates are for the chart, the speed was that of one moment
+        found["budget"] = {k: v for k, v in found["budget"].items() if k not in ("candidates", "speed")}
     found["quality"] = {name: value for name, value in receipt.quality.items() if name != "speeds"}  # of this run only
     text = json.dumps(found, ensure_ascii=True)
     if len(text) > _JSON_BYTES:  # the longest parts are for people, and were printed

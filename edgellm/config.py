@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,23 @@ def physical_cpu_count() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
+
+
+def total_memory() -> int:
+    """Bytes of memory this machine has."""
+    if sys.platform == "win32":
+        return _windows_memory()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _windows_memory() -> int:
+    import ctypes
+
+    # MEMORYSTATUSEX (sysinfoapi.h): two 32-bit fields, then 64-bit ones, the total of physical memory first
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined, unused-ignore]
+    return int(status[1])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.quantize.grids import GRIDS, Array, Bytes, Grid, decoded, values_of
+from converters.quantize.grids import (
+    GRIDS,
+    SCALES,
+    Array,
+    Bytes,
+    Grid,
+    decoded,
+    scale_of,
+    set_scale,
+    unit_of,
+    values_of,
+)
 from converters.quantize.types import TYPE_IDS, block_size
 from edgellm.config import physical_cpu_count
 from edgellm.native.ggml import quantize_rows
@@ -21,9 +32,13 @@ from edgellm.native.ggml import quantize_rows
 Doubles = NDArray[np.float64]
 
 _ALIGN_DAMPING = 0.05  # of the mean diagonal; how far H is trusted where inputs hardly vary
-_DAMPING = 0.01
+DAMPING = 0.01
+HEAD_DAMPING = 0.1  # of a head whose rows are also the tokens' embeddings: a plain error counts there as well
+_N_SWEEPS = 2  # more bring a percent
+_F16_MAX = 65504.0
 _SPAN = 128  # columns whose errors are carried over to the later ones together
-_SLAB_ROWS = 512  # a span of them stays in the cache
+_PANEL = 32  # columns whose errors are carried over one by one
+_SLAB_ROWS = 1024  # at most: a span of them stays in the cache
 
 
 def can_compensate(type_name: str) -> bool:
@@ -33,28 +48,41 @@ def can_compensate(type_name: str) -> bool:
 
 @dataclass(frozen=True)
 class Fit:
-    """What weights with the same inputs are rounded by. factor: U, upper triangular, with (H + λI)⁻¹ = UᵀU.
-    importance: the diagonal of H. moved: what the weights are multiplied by first, None to leave them. All float32.
+    """What weights with the same inputs are rounded by. gram: H + λI. factor: U, upper triangular, with
+    (H + λI)⁻¹ = UᵀU. moved: what the weights are multiplied by first, None to leave them. added: what they then get
+    added, float32 (rows, columns), None for nothing. All float32.
     """
 
+    gram: Array
     factor: Array
-    importance: Array
     moved: Array | None = None
+    added: Array | None = None
+
+    @property
+    def importance(self) -> Array:
+        """What an error in each column costs after the later columns have made up for what they can: 1 / U_jj²."""
+        return np.ascontiguousarray(1 / np.square(np.diagonal(self.factor)))
 
 
-def fit(gram: Array, cross: Array | None = None) -> Fit:
+def fit(gram: Array, cross: Array | None = None, missing: Array | None = None, damping: float = DAMPING) -> Fit:
     """From H = E[x xᵀ] of the inputs the quantized model sees; with C = E[x_f xᵀ], x_f the unquantized model's inputs,
     the weights are first moved to W (C + λI)(H + λI)⁻¹, which gives W x_f best. float32 (columns, columns) both.
+
+    missing: E[e xᵀ], float32 (rows, columns), of what the outputs shall make up for besides. damping: λ of rounding,
+    as a share of the mean diagonal.
     """
-    moved = None
+    moved = added = None
     if cross is not None:
         h, c = _damped(gram, _ALIGN_DAMPING), cross.astype(np.float64)
         c.flat[:: len(c) + 1] += h[0, 0] - gram[0, 0]
         moved = np.linalg.solve(h, c.T).T.astype(np.float32)
+        if missing is not None:
+            added = np.linalg.solve(h, missing.T.astype(np.float64)).T.astype(np.float32)
+    damped = _damped(gram, damping)
     # from the Cholesky factor of H with rows and columns reversed
-    lower = np.linalg.cholesky(_damped(gram, _DAMPING)[::-1, ::-1])
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
     factor = np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
-    return Fit(factor, np.ascontiguousarray(np.diagonal(gram)), moved)
+    return Fit(damped.astype(np.float32), factor, moved, added)
 
 
 def compensated(weights: Array, type_name: str, fitted: Fit, n_threads: int = 0) -> Bytes:
@@ -64,9 +92,17 @@ def compensated(weights: Array, type_name: str, fitted: Fit, n_threads: int = 0)
     """
     if fitted.moved is not None:
         weights = weights @ fitted.moved
-    slabs = [weights[start : start + _SLAB_ROWS] for start in range(0, len(weights), _SLAB_ROWS)]
+    if fitted.added is not None:
+        weights = weights + fitted.added
+    slabs = np.array_split(weights, 2 * -(-len(weights) // (2 * _SLAB_ROWS)))
     with ThreadPoolExecutor(n_threads or physical_cpu_count(), "compensate") as pool:
         return np.concatenate(list(pool.map(lambda slab: _slab(slab, type_name, fitted), slabs)))
+
+
+def spread_costs(gram: Array, damping: float = DAMPING) -> Array:
+    """1 / U_jj² of `Fit`, float32 (columns,), without the rest of U."""
+    lower = np.linalg.cholesky(_damped(gram, damping)[::-1, ::-1])
+    return np.square(np.diagonal(lower))[::-1].astype(np.float32)
 
 
 def unpacked(type_name: str, packed: Bytes, n_columns: int) -> Array:
@@ -87,47 +123,147 @@ def _damped(gram: Array, damping: float) -> Doubles:
     return h
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows on their way to a type, columns outermost as they are worked on column by column.
+
+    wanted: the weights, float32 (columns, rows); values: those of the codes; codes: uint8. blocks: for each block of
+    columns its bytes, uint8 (rows, bytes of a block).
+    """
+
+    grid: Grid
+    type_name: str
+    wanted: Array
+    values: Array
+    codes: Bytes
+    blocks: list[Bytes]
+
+
 def _slab(weights: Array, type_name: str, fitted: Fit) -> Bytes:
-    """Some rows. They are worked on column by column, so columns lie in one piece."""
+    rows = _fed_back(np.ascontiguousarray(weights.T), type_name, fitted)
+    for _ in range(_N_SWEEPS):
+        _sweep(rows, fitted.gram)
+    return np.concatenate(rows.blocks, axis=1)
+
+
+def _fed_back(wanted: Array, type_name: str, fitted: Fit) -> _Rows:
+    """Round column by column, each column's error being carried over to the later ones: within a panel at once, to the
+    rest of a span after each panel, to all others after each span.
+    """
     factor, importance = fitted.factor, fitted.importance
-    n_columns, n_block = weights.shape[1], block_size(type_name)
-    running, packed = np.ascontiguousarray(weights.T), []
+    n_columns, n_block = len(wanted), block_size(type_name)
+    rows = _Rows(GRIDS[type_name], type_name, wanted, np.empty_like(wanted), np.empty(wanted.shape, np.uint8), [])
+    running = wanted.copy()
+    errors = np.empty_like(wanted)
     span = max(_SPAN, n_block)
     for start in range(0, n_columns, span):
         stop = min(start + span, n_columns)
-        errors = np.empty((stop - start, len(weights)), np.float32)
         for at in range(start, stop, n_block):
-            within = slice(at - start, at - start + n_block)
-            packed.append(
-                _block(running[at:stop], factor[at:stop, at:stop], importance[at:], type_name, errors[within])
-            )
-        running[stop:] -= factor[start:stop, stop:].T @ errors
-    return np.concatenate(packed, axis=1)
+            ours = slice(at, at + n_block)
+            blocks = quantize_rows(
+                running[ours].T, TYPE_IDS[type_name], importance=importance[ours], n_threads=1
+            )  # scales on the weights as they have become
+            rows.blocks.append(blocks)
+            steps = _Steps(type_name, blocks)
+            for panel in _panels(at, at + n_block):
+                _round_panel(rows, steps, at, panel, running, factor, errors)
+                later = slice(panel.stop, stop)
+                running[later] -= factor[panel, later].T @ errors[panel]
+            rows.grid.insert(blocks, np.ascontiguousarray(rows.codes[ours].T))
+        running[stop:] -= factor[start:stop, stop:].T @ errors[start:stop]
+    return rows
 
 
-def _block(running: Array, factor: Array, importance: Array, type_name: str, errors: Array) -> Bytes:
-    """One block of each row: scales from ggml's quantizer, then codes column by column. Updates the later columns of
-    `running` (columns, rows), leaves each column's error over U's diagonal in `errors`. Bytes: (rows, block's bytes).
+def _panels(start: int, stop: int) -> list[slice]:
+    return [slice(at, min(at + _PANEL, stop)) for at in range(start, stop, _PANEL)]
+
+
+def _round_panel(
+    rows: _Rows, steps: _Steps, block: int, panel: slice, running: Array, factor: Array, errors: Array
+) -> None:
+    """Leaves each column's error over U's diagonal in `errors`. block: its first column."""
+    for j in range(panel.start, panel.stop):
+        rows.codes[j], rows.values[j] = steps.nearest(j - block, running[j])
+        errors[j] = (running[j] - rows.values[j]) / factor[j, j]
+        running[j + 1 : panel.stop] -= factor[j, j + 1 : panel.stop, None] * errors[j]
+
+
+def _sweep(rows: _Rows, gram: Array) -> None:
+    """Go over all blocks once more: the scales that suit their codes best, then each code that suits the others best.
+    No step makes (W - Q) H (W - Q)ᵀ larger.
     """
-    n, grid = len(errors), GRIDS[type_name]
-    blocks = quantize_rows(running[:n].T, TYPE_IDS[type_name], importance=importance[:n], n_threads=1)
-    values = values_of(type_name, blocks)
-    base, scale = np.ascontiguousarray(values.base.T), np.ascontiguousarray(values.scale.T)
-    inverse = np.where(scale == 0, 0, 1 / np.where(scale == 0, 1, scale)).astype(np.float32)
-    codes = np.empty((n, running.shape[1]), np.uint8)
-    for j in range(n):
-        codes[j], value = _nearest(grid, running[j], base[j], scale[j], inverse[j])
-        errors[j] = (running[j] - value) / factor[j, j]
-        running[j + 1 :] -= factor[j, j + 1 :, None] * errors[j]
-    grid.insert(blocks, np.ascontiguousarray(codes.T))
-    return blocks
+    n_columns, n_block = len(rows.wanted), block_size(rows.type_name)
+    pull = gram @ (rows.wanted - rows.values)  # minus half the slope of the error
+    span = max(_SPAN, n_block)
+    for start in range(0, n_columns, span):
+        stop = min(start + span, n_columns)
+        before = rows.values[start:stop].copy()
+        for at in range(start, stop, n_block):
+            h = gram[at : at + n_block, at:stop]
+            old = rows.values[at : at + n_block].copy()
+            near = pull[at : at + n_block].copy()
+            _refit(rows, at, h[:, :n_block], near)
+            _recode(rows, at, h[:, :n_block], near)
+            pull[at:stop] -= h.T @ (rows.values[at : at + n_block] - old)
+        pull[stop:] -= gram[stop:, start:stop] @ (rows.values[start:stop] - before)
 
 
-def _nearest(grid: Grid, column: Array, base: Array, scale: Array, inverse: Array) -> tuple[Bytes, Array]:
-    """Codes of the grid's values next to a column's weights, and those values."""
-    if grid.levels is None:
-        rounded = np.rint((column - base) * inverse).clip(0, grid.n_codes - 1)
-        return rounded.astype(np.uint8), base + scale * rounded
-    middles = (grid.levels[1:] + grid.levels[:-1]) / 2
-    codes = np.searchsorted(middles, column * inverse)
-    return codes.astype(np.uint8), scale * grid.levels[codes]
+def _refit(rows: _Rows, at: int, gram: Array, pull: Array) -> None:
+    """Least squares for a block's scales (and minimum) with its codes as they are."""
+    n = len(gram)
+    blocks = rows.blocks[at // n]
+    fields = SCALES[rows.type_name]
+    old = np.stack([scale_of(blocks, field) for field in fields])  # (fields, rows)
+    units = np.stack([unit_of(rows.type_name, blocks, field).T for field in fields])  # (fields, columns, rows)
+    slope = np.einsum("fcr,cr->fr", units, pull)
+    through = np.stack([gram @ unit for unit in units])
+    curve = np.einsum("fcr,gcr->rfg", through, units).astype(np.float64)
+    size = np.trace(curve, axis1=1, axis2=2)[:, None, None] / len(fields)
+    curve += (1e-6 * size + 1e-30) * np.eye(len(fields))
+    step = np.linalg.solve(curve, slope.T.astype(np.float64)[..., None])[..., 0].T
+    new = (old + step).astype(np.float32)
+    new = np.where(np.abs(new) < _F16_MAX, new, old).astype(np.float16).astype(np.float32)
+    change = (new - old).astype(np.float64)
+    gain = 2 * (change * slope).sum(0) - np.einsum("fr,rfg,gr->r", change, curve, change)
+    new = np.where(gain > 0, new, old)
+    for field, values in zip(fields, new, strict=True):
+        set_scale(blocks, field, values)
+    values = decoded(rows.type_name, blocks).T
+    pull -= gram @ (values - rows.values[at : at + n])
+    rows.values[at : at + n] = values
+
+
+def _recode(rows: _Rows, at: int, gram: Array, pull: Array) -> None:
+    """Each column of a block in turn, rounded to what is best with all other columns as they are."""
+    n = len(gram)
+    steps = _Steps(rows.type_name, rows.blocks[at // n])
+    values, codes = rows.values[at : at + n], rows.codes[at : at + n]
+    for panel in _panels(0, n):
+        before = values[panel].copy()
+        for j in range(panel.start, panel.stop):
+            codes[j], new = steps.nearest(j, values[j] + pull[j] / gram[j, j])
+            pull[j + 1 : panel.stop] -= gram[j + 1 : panel.stop, j, None] * (new - values[j])
+            values[j] = new
+        pull[panel.stop :] -= gram[panel.stop :, panel] @ (values[panel] - before)
+    rows.grid.insert(rows.blocks[at // n], np.ascontiguousarray(codes.T))
+
+
+class _Steps:
+    """A block's possible values for its scales, column by column."""
+
+    def __init__(self, type_name: str, blocks: Bytes) -> None:
+        values = values_of(type_name, blocks)
+        self._grid = GRIDS[type_name]
+        self._base, self._scale = np.ascontiguousarray(values.base.T), np.ascontiguousarray(values.scale.T)
+        safe = np.where(self._scale == 0, 1, self._scale)
+        self._inverse = np.where(self._scale == 0, 0, 1 / safe).astype(np.float32)
+
+    def nearest(self, j: int, column: Array) -> tuple[Bytes, Array]:
+        """Codes of the values next to a column's weights, and those values."""
+        base, scale, inverse = self._base[j], self._scale[j], self._inverse[j]
+        levels = self._grid.levels
+        if levels is None:
+            rounded = np.rint((column - base) * inverse).clip(0, self._grid.n_codes - 1)
+            return rounded.astype(np.uint8), base + scale * rounded
+        codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, column * inverse)
+        return codes.astype(np.uint8), scale * levels[codes]

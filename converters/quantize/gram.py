@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgellm.config import DEFAULT_N_BATCH
 from edgellm.errors import CheckpointError
 from edgellm.measure.scoring import OnProgress, Sample
-from edgellm.measure.watching import block_shapes, by_expert, n_matrices, watch_inputs
+from edgellm.measure.watching import block_shapes, by_expert, head_shape, n_matrices, watch_inputs
 
 Array = NDArray[np.float32]
 
@@ -65,15 +65,16 @@ def collect_gram(
     folder: Path,
     *,
     memory: int = DEFAULT_MEMORY,
+    with_head: bool = False,
     n_threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Gram:
     """Run the model over the samples, as often as `memory` (bytes for matrices and inputs) asks, and leave H in
-    `folder`.
+    `folder`. with_head: also of the weight that makes the logits, which is token_embd where there is no other.
 
     CheckpointError where one matrix alone is larger than the memory. The folder must be empty or ours.
     """
-    shapes = block_shapes(model)
+    shapes = block_shapes(model) | (head_shape(model) if with_head else {})
     inputs = _shared_inputs(model, samples[0], set(shapes), n_threads)
     widths = {shared: _widths(shapes[shared][-1]) for shared in dict.fromkeys(inputs.values())}
     n_of = {shared: n_matrices(shapes[shared]) for shared in widths}

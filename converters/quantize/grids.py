@@ -134,3 +134,37 @@ GRIDS: Mapping[str, Grid] = {
     "Q5_K": Grid(32, _q5_k),
     "Q6_K": Grid(64, _q6_k),
 }
+
+# where each type keeps the float16 factors that all its values are linear in: a scale, and of some the minimum's
+SCALES: Mapping[str, tuple[int, ...]] = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+
+
+def scale_of(blocks: Bytes, at: int) -> Array:
+    """A factor of each block, float32 (blocks,)."""
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)[:, 0].astype(np.float32)
+
+
+def set_scale(blocks: Bytes, at: int, values: Array) -> None:
+    """Set a factor in all blocks."""
+    blocks[:, at : at + 2] = values.astype(np.float16)[:, None].view(np.uint8)
+
+
+def unit_of(type_name: str, blocks: Bytes, at: int) -> Array:
+    """The weights if this factor were 1 and the others 0, float32 (blocks, weights of a block)."""
+    probe = blocks.copy()
+    for field in SCALES[type_name]:
+        set_scale(probe, field, np.full(len(probe), field == at, np.float32))
+    return decoded(type_name, probe)

@@ -15,15 +15,19 @@ import typer
 from edgellm.cli import convert_options as asked
 from edgellm.cli.console import clear_status, status
 from edgellm.cli.options import n_bytes, path_and_number
-from edgellm.measure.words import quality_lines
+from edgellm.measure.words import budget_lines, quality_lines
 
 Progress = Callable[[str, int, int], None]
+DEFAULT_QUANT = "Q4_K_M"
 
 
 def convert(
     source: asked.SourcePath,
     out: asked.Out = None,
-    quant: asked.Quant = "Q4_K_M",
+    quant: asked.Quant = None,
+    max_size: asked.MaxSize = None,
+    max_kld: asked.MaxKLD = None,
+    min_speed: asked.MinSpeed = None,
     types: asked.Types = None,
     pre: asked.Pre = None,
     adapters: asked.Adapters = None,
@@ -59,17 +63,23 @@ def convert(
         if adapter_only:
             _export_adapter(source, merged, out, rank, force, as_json)
             return
-        recipe = {"quant": quant, "types": overrides, "adapters": merged}
+        recipe = {"types": overrides, "adapters": merged}
+        budget = {"max_size": n_bytes(max_size) if max_size else None, "max_kld": max_kld, "min_speed": min_speed}
+        label = "budget" if any(value is not None for value in budget.values()) else (quant or DEFAULT_QUANT).upper()
         if dry_run:
-            print_plan(converters.plan(source, **recipe), as_json)
+            if label in ("budget", "AUTO"):
+                raise ValueError("a budget's types are chosen by measuring; --dry-run shows recipes (--quant) only")
+            print_plan(converters.plan(source, quant=label, **recipe), as_json)
             return
         weighed = {"calibrate": calibrate, "imatrix": imatrix, "save_imatrix": save_imatrix, "save_gram": save_gram}
         judged = {"receipt": receipt, "receipt_text": receipt_text, "report": report}
-        target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{quant.upper()}.gguf")
+        target = out or Path(f"{source.resolve().name.removesuffix('.gguf')}-{label}.gguf")
         with progress_bar("converting") as on_progress:
             made = converters.convert(
                 source,
                 target,
+                quant=quant,
+                **budget,
                 **recipe,
                 **weighed,
                 **judged,
@@ -176,6 +186,7 @@ def print_receipt(receipt: Any, as_json: bool = False) -> None:
     lines += [f"  weighed   {receipt.calibration}"] if receipt.calibration else []
     lines += [f"  note      {note}" for note in (*receipt.notes, *receipt.run_notes)]
     lines += [f"  checked   {check}" for check in receipt.checks]
+    lines += [f"  budget    {line}" for line in budget_lines(receipt.budget)]
     lines += [f"  measured  {line}" for line in quality_lines(receipt.quality)]
     typer.echo("\n".join(lines))
 

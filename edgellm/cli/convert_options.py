@@ -12,7 +12,24 @@ Out: TypeAlias = Annotated[
     Path | None, typer.Option("-o", "--out", help="GGUF to write [default: SOURCE-QUANT.gguf here].")
 ]
 Quant: TypeAlias = Annotated[
-    str, typer.Option("--quant", "-q", help="Recipe: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL … ")
+    str | None,
+    typer.Option(
+        "--quant",
+        "-q",
+        help="Recipe: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL …, or auto: chosen for this machine's memory "
+        "[default: Q4_K_M].",
+    ),
+]
+MaxSize: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--max-size", metavar="SIZE", help="Budget instead of a recipe: at most 85MB, 2.5GB … of file."),
+]
+MaxKLD: TypeAlias = Annotated[
+    float | None,
+    typer.Option("--max-kld", help="Budget: the smallest file this close to the original (mean KL divergence)."),
+]
+MinSpeed: TypeAlias = Annotated[
+    float | None, typer.Option("--min-speed", help="Budget: at least so many tokens per second on this machine.")
 ]
 Types: TypeAlias = Annotated[
     list[str] | None,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgellm.cli.convert import load_converters, size
-from edgellm.measure.words import quality_lines
+from edgellm.measure.words import budget_lines, quality_lines
 
 _MAX_TEXT = 96  # characters of a metadata value shown in the table
 
@@ -104,7 +104,8 @@ def _receipt_lines(metadata: dict[str, Any]) -> list[str]:
     """What edgellm measured when it made the file, in plain words."""
     try:
         receipt = json.loads(metadata.get("edgellm.receipt.json", "{}"))
-        return [f"when it was made: {line}" for line in quality_lines(receipt.get("quality", {}))] if receipt else []
+        lines = [*quality_lines(receipt.get("quality", {})), *budget_lines(receipt.get("budget"))] if receipt else []
+        return [f"when it was made: {line}" for line in lines]
     except (ValueError, TypeError, KeyError, AttributeError):  # somebody else's key
         return []
 

@@ -61,6 +61,13 @@ def block_shapes(model: Path) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in read_header(model).tensors.items() if name.startswith("blk.")}
 
 
+def head_shape(model: Path) -> dict[str, tuple[int, ...]]:
+    """The weight that makes the logits, by its name, and its shape."""
+    tensors = read_header(model).tensors
+    name = "output.weight" if "output.weight" in tensors else "token_embd.weight"
+    return {name: tensors[name].shape}
+
+
 def n_matrices(shape: tuple[int, ...]) -> int:
     """How many matrices a weight holds: one, or one an expert."""
     return shape[0] if len(shape) == 3 else 1

@@ -27,6 +27,7 @@ def base_library() -> ctypes.CDLL:
     """libggml-base, which lies beside llama.cpp's own library."""
     bindings = library.load()
     ggml: ctypes.CDLL = bindings.load_shared_library("ggml-base", Path(bindings.__file__).parent / "lib")
+    ggml.ggml_op_name.restype = ctypes.c_char_p
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     ggml.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,

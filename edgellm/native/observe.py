@@ -47,6 +47,10 @@ class _Tensor(ctypes.Structure):
 # of each row, int32 (matrices, rows), else None.
 OnInputs = Callable[[str, int, NDArray[np.float32], NDArray[np.int32] | None], object]
 
+# Called with a weight's name, the name of what is added to its product (see `InputWatch.values`), and that, float32
+# (rows, columns of the product), a view as above.
+OnAdded = Callable[[str, str, NDArray[np.float32]], object]
+
 
 class InputWatch:
     """Shows the inputs of the chosen weights' matrix products while a context decodes.
@@ -66,15 +70,18 @@ class InputWatch:
         *,
         last: str = "",
         step_by_step: bool = False,
+        on_added: OnAdded | None = None,
     ) -> None:
-        self._wanted, self._on_inputs = wanted, on_inputs
+        self._wanted, self._on_inputs, self._on_added = wanted, on_inputs, on_added
         self._last, self.step_by_step = last.encode(), step_by_step
         self.last_values: NDArray[np.float32] | None = None
         self._stopped = False
         self._replaced: dict[str, NDArray[np.float32]] = {}
         self._error: BaseException | None = None
         self._names: dict[int, str | None] = {}  # address of a weight → its name if wanted
-        self._products = _product_ops()
+        self._products, self._add = _product_ops(), _op_number(b"ADD")
+        self._made: dict[int, str] = {}  # address of a product, or of it with its bias → the weight's name
+        self._seen: dict[str, int] = {}  # name → address of what was computed last, or went into it
         self.callback = library.load().ggml_backend_sched_eval_callback(self._see)
 
     def raise_error(self) -> None:
@@ -85,6 +92,13 @@ class InputWatch:
     def replace(self, name: str, values: NDArray[np.float32]) -> None:
         """Other values for a wanted weight, of its shape, from its next product on. The model must not be mapped."""
         self._replaced[name] = values
+
+    def values(self, name: str) -> NDArray[np.float32] | None:
+        """What a tensor of the graph holds, float32 (rows, columns): a view; None if there was none of that name. Valid
+        where the graph still needs it.
+        """
+        address = self._seen.get(name)
+        return None if address is None else _rows_of(_Tensor.from_address(address))
 
     def _see(self, address: int, ask: bool, _: object) -> bool:
         """llama.cpp asks about each node of the graph in turn, and again once it has computed those it was told yes to.
@@ -98,6 +112,14 @@ class InputWatch:
             name = None if is_expert is None else self._name(tensor.src[0])
             if name is not None and ask == self.step_by_step:
                 self._show(name, tensor, bool(is_expert))
+            if ask and name is not None and not is_expert:
+                self._made[address] = name
+            if ask and self._on_added and tensor.op == self._add:
+                self._see_sum(address, tensor, self._on_added)
+            if ask and self.step_by_step:
+                for seen in (address, tensor.src[0], tensor.src[1]):
+                    if seen:
+                        self._seen[_Tensor.from_address(seen).name.decode("utf-8", "replace")] = seen
             if not ask and self._last and tensor.name == self._last:
                 self.last_values = _as_array(tensor, ctypes.c_float, np.float32).copy()
                 self._stopped = True
@@ -105,6 +127,18 @@ class InputWatch:
         except BaseException as exc:
             self._error, self._stopped = exc, True
             return ask
+
+    def _see_sum(self, address: int, tensor: _Tensor, on_added: OnAdded) -> None:
+        for made, other in ((tensor.src[0], tensor.src[1]), (tensor.src[1], tensor.src[0])):
+            name = self._made.get(made)
+            if name is None:
+                continue
+            added = _Tensor.from_address(other)
+            if list(added.ne) != list(tensor.ne):  # a bias
+                self._made[address] = name
+            elif (rows := _rows_of(added)) is not None:
+                on_added(name, added.name.decode("utf-8", "replace"), rows)
+            return
 
     def _is_last(self, tensor: _Tensor) -> bool:
         return bool(self._last) and bool(tensor.name == self._last)
@@ -143,6 +177,12 @@ def _overwrite(tensor: _Tensor, values: NDArray[np.float32]) -> None:
     ctypes.memmove(tensor.data, np.ascontiguousarray(data).ctypes.data, data.nbytes)
 
 
+def _rows_of(tensor: _Tensor) -> NDArray[np.float32] | None:
+    if tensor.type != _F32:
+        return None
+    return _as_array(tensor, ctypes.c_float, np.float32).reshape(-1, tensor.ne[0])
+
+
 def _as_array(tensor: _Tensor, c_type: Any, dtype: Any) -> NDArray[Any]:
     """A view of a tensor in this process's memory, outermost dimension first, whatever its strides."""
     n_bytes = sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True)) + ctypes.sizeof(c_type)
@@ -154,11 +194,14 @@ def _as_array(tensor: _Tensor, c_type: Any, dtype: Any) -> NDArray[Any]:
 @cache
 def _product_ops() -> dict[int, bool]:
     """ggml's numbers of the matrix products → whether it is the one by experts. EdgeLLMError: an unknown layout."""
+    _check_layout(base_library())
+    return {_op_number(b"MUL_MAT"): False, _op_number(b"MUL_MAT_ID"): True}
+
+
+@cache
+def _op_number(name: bytes) -> int:
     ggml = base_library()
-    ggml.ggml_op_name.restype = ctypes.c_char_p
-    names = {ggml.ggml_op_name(i): i for i in range(60)}
-    _check_layout(ggml)
-    return {names[b"MUL_MAT"]: False, names[b"MUL_MAT_ID"]: True}
+    return next(i for i in range(60) if ggml.ggml_op_name(i) == name)
 
 
 class _InitParams(ctypes.Structure):

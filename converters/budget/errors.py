@@ -1,0 +1,85 @@
+"""What each tensor would lose in each type, expected from the inputs' Gram matrices without compensating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from converters.plan import PlannedTensor
+from converters.produce import load
+from converters.quantize.compensate import DAMPING, error_of, spread_costs, unpacked
+from converters.quantize.gram import Gram
+from converters.quantize.grids import Array
+from converters.quantize.types import TYPE_IDS
+from edgellm.native.ggml import quantize_rows
+
+_N_ROWS = 128  # of a matrix; a sample of them tells enough
+_N_EXPERTS = 4
+
+
+def matrices(tensor: PlannedTensor, sizes: dict[str, int]) -> Array:
+    """A tensor's weights, float32 (matrices, rows, columns); one matrix, or one an expert."""
+    parts = [load(tensor, k, sizes) for k in range(len(tensor.sources))]
+    weights = parts[0] if len(parts) == 1 else np.stack(parts)
+    return weights.reshape(-1, *tensor.shape[-2:])
+
+
+def expected_errors(
+    weights: Array,
+    grams: Sequence[Array] | None,
+    type_names: Sequence[str],
+    damping: float = DAMPING,
+    n_threads: int = 0,
+) -> dict[str, float]:
+    """tr(ΔW H ΔWᵀ), summed over the matrices, after compensation in each type.
+
+    weights: float32 (matrices, rows, columns); grams: H of the columns, diagonal blocks of float32 (matrices, width,
+    width); without them a plain sum of squares. GPTQ's loss is Σ_j err_j² / U_jj² (Frantar et al. 2023), err_j being
+    the rounding errors of weights that have been moved, which are as large as those of weights that haven't.
+    """
+    found = dict.fromkeys(type_names, 0.0)
+    chosen = np.unique(np.linspace(0, len(weights) - 1, min(len(weights), _N_EXPERTS)).astype(int))
+    for e in chosen:
+        rows = weights[e][:: max(1, weights.shape[1] // _N_ROWS)]
+        costs = _costs(grams, e, weights.shape[2], damping)
+        share = weights.shape[1] / len(rows) * len(weights) / len(chosen)
+        for type_name in type_names:
+            packed = quantize_rows(rows, TYPE_IDS[type_name], importance=costs, n_threads=n_threads)
+            delta = rows - unpacked(type_name, packed, rows.shape[1])
+            found[type_name] += share * float(np.square(delta).sum(axis=0, dtype=np.float64) @ costs)
+    return found
+
+
+def plain_error(weights: Array, rounded: Array, grams: Sequence[Array] | None) -> float:
+    """tr(ΔW H ΔWᵀ) of weights that were rounded, float32 (matrices, rows, columns), summed over the matrices."""
+    if grams is None:
+        return float(np.square(weights - rounded).sum(dtype=np.float64))
+    total, at = 0.0, 0
+    for block in grams:
+        columns = slice(at, at + block.shape[-1])
+        at += block.shape[-1]
+        total += sum(error_of(w[:, columns], r[:, columns], h) for w, r, h in zip(weights, rounded, block, strict=True))
+    return total
+
+
+def grams_of(gram: Gram, name: str) -> list[Array] | None:
+    """H of a weight's inputs as `expected_errors` takes it, None for a weight that nothing is multiplied with."""
+    return gram.blocks(name) if name in gram.inputs else None
+
+
+def importance_of(grams: Sequence[Array] | None, matrix: int, n_columns: int) -> Array:
+    """The diagonal of H, float32 (columns,)."""
+    if grams is None:
+        return np.ones(n_columns, np.float32)
+    return np.concatenate([np.diagonal(block[matrix]) for block in grams]).astype(np.float32)
+
+
+def _costs(grams: Sequence[Array] | None, matrix: int, n_columns: int, damping: float) -> Array:
+    if grams is None:
+        return np.ones(n_columns, np.float32)
+    parts = []
+    for block in grams:
+        diagonal = np.diagonal(block[matrix])
+        parts.append(spread_costs(block[matrix], damping) if diagonal.any() else np.ones(len(diagonal), np.float32))
+    return np.concatenate(parts)

@@ -1,0 +1,164 @@
+"""A budget met: look ahead, choose types, compensate, measure, and correct what was expected by what came out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from converters.budget.allocate import Option, totals
+from converters.budget.choose import Budget, Prospect, choose, curve, explained, file_type_of
+from converters.budget.look import Place, look_ahead
+from converters.compensation import Compensated, Job, compensate
+from converters.original import scratch
+from converters.plan import Plan
+from converters.prepare import Overrides, plan_of
+from converters.quantize.importance import Importance
+from edgellm.errors import BudgetError, OutputError
+from edgellm.measure.evaluate import evaluate
+from edgellm.measure.scoring import Sample
+from edgellm.measure.speed import decode_seconds_per_token
+
+_ATTEMPTS = 3
+_AIM = 0.95  # of a limit on the divergence
+_TOO_GOOD = 0.85  # of a limit on the divergence: below, bytes are wasted and another attempt is made
+_EVERY = 5  # sample is held out for measuring
+_MOST_HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class Met:
+    """What came of a budget. expected, measured: KL divergence on n_tokens held out; speed: measured tokens per second,
+    None if none was asked for; reasons: where the bytes went; candidates: expected (bytes, KL divergence) of all sizes.
+    """
+
+    asked: str
+    expected: float
+    measured: float
+    n_tokens: int
+    n_bytes: int
+    attempts: int
+    speed: float | None = None
+    reasons: tuple[str, ...] = ()
+    candidates: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def budget_folder(out: Path) -> Path:
+    """Where what is only needed for the choice is kept meanwhile."""
+    return out.with_name(f"{out.name}.budget.partial")
+
+
+def held_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(for statistics and compensation, for measuring): disjoint where there is enough."""
+    if len(samples) < _EVERY:
+        return list(samples), list(samples)
+    n = min(_MOST_HELD_OUT, len(samples) // _EVERY)
+    chosen = {(2 * k + 1) * len(samples) // (2 * n) for k in range(n)}
+    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a job. pins: types given by hand. compensates: whether rounding errors are compensated.
+    more_metadata: what the file will hold besides the source's own.
+    """
+
+    budget: Budget
+    pins: Overrides = ()
+    importance: Importance | None = None
+    compensates: bool = True
+    more_metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def meet(job: Job, wish: Wish, planned: Plan) -> tuple[Compensated, Met]:
+    """The plan that meets the budget, its bytes made, and what is known of it. planned: by any recipe.
+
+    BudgetError where it can't be met, OutputError where there is no room for the work.
+    """
+    training, tuning = held_out(job.samples())
+    with _folder(job.out) as folder:
+        place = Place(job.inputs, job.original, folder, job.memory, wish.more_metadata, job.n_threads, job.on_progress)
+        pins = [(re.compile(pattern), type_name.upper()) for pattern, type_name in wish.pins]
+        prospect = look_ahead(place, planned, pins, training, tuning, wish.budget.min_speed is not None)
+        prospect, speed = _checked_speed(job, wish, prospect, folder)
+        return _attempts(job, wish, prospect, speed, training, tuning, folder)
+
+
+def _attempts(
+    job: Job,
+    wish: Wish,
+    prospect: Prospect,
+    speed: float | None,
+    training: Sequence[Sample],
+    tuning: Sequence[Sample],
+    folder: Path,
+) -> tuple[Compensated, Met]:
+    limit = wish.budget.max_kld
+    seen: list[tuple[float, float]] = []  # (damage, measured divergence) of the attempts
+    for attempt in range(1, _ATTEMPTS + 1):
+        choice = choose(prospect, wish.budget, _AIM)
+        planned = _plan(job, wish, choice)
+        made = compensate(job, planned, training) if wish.compensates else Compensated(planned)
+        with scratch(job.inputs, made.planned, folder / "trial", job.n_threads) as path:
+            found = evaluate(path, tuning, reference=job.original.path, keep=folder / "kept")
+            n_bytes = path.stat().st_size
+        assert found.divergence is not None
+        kld, damage = found.divergence.kld_mean.value, totals(choice).damage
+        expected = prospect.kld(damage)
+        if limit is None or (kld <= limit and (kld >= _TOO_GOOD * limit or attempt == _ATTEMPTS)):
+            break
+        seen.append((damage, kld))
+        prospect = prospect.corrected(seen)
+    else:
+        raise BudgetError(
+            f"{wish.budget.words()} was not met: the nearest after {_ATTEMPTS} attempts has {n_bytes:,} bytes and a KL "
+            f"divergence of {kld:.4f}; allow that much, or calibrate with more effort"
+        )
+    reasons, candidates = tuple(explained(prospect, choice)), tuple(curve(prospect.corrected([*seen, (damage, kld)])))
+    return made, Met(
+        wish.budget.words(), expected, kld, found.n_tokens, n_bytes, attempt, speed, reasons, candidates
+    )  # fmt: skip
+
+
+def _plan(job: Job, wish: Wish, choice: Mapping[str, Option]) -> Plan:
+    """With just these types, and the pinned ones."""
+    chosen = [(f"^{re.escape(name)}$", option.type_name) for name, option in choice.items()]
+    return plan_of(job.inputs, file_type_of(choice), [*wish.pins, *chosen], wish.importance)
+
+
+def _checked_speed(job: Job, wish: Wish, prospect: Prospect, folder: Path) -> tuple[Prospect, float | None]:
+    """What the kernels' times promise is measured on a file with the chosen types, and what was left out is added."""
+    wanted, speed = wish.budget.min_speed, None
+    if wanted is None:
+        return prospect, None
+    for _ in range(_ATTEMPTS):
+        choice = choose(prospect, replace(wish.budget, max_kld=None))
+        with scratch(job.inputs, _plan(job, wish, choice), folder / "timed", job.n_threads) as path:
+            seconds = decode_seconds_per_token(path, n_threads=job.n_threads)
+        speed = 1 / seconds
+        if speed >= wanted:
+            break
+        foretold = (prospect.overhead or 0.0) + totals(choice).seconds
+        prospect = replace(prospect, overhead=(prospect.overhead or 0.0) + seconds - foretold)
+    return prospect, speed
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    folder = budget_folder(out)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield folder
+    except OSError as exc:
+        raise OutputError(f"cannot work in {folder}: {exc.strerror or exc}; make room there") from exc
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
