@@ -91,13 +91,15 @@ class SpeedModel:
 
     @classmethod
     def of(cls, path: Path, *, n_threads: int = 0, repack: bool = True) -> SpeedModel:
-        """From any quantization of the model: its shapes, and the overhead by one measurement of some seconds."""
+        """From any quantization of the model: its shapes, and the overhead by decoding with it for some seconds."""
         header = check_loadable(path)
         types = {name: info.type_name for name, info in header.tensors.items()}
         shapes = {name: info.shape for name, info in header.tensors.items()}
         free = cls(shapes, 0.0, _n_expert_used(header), n_threads, repack)
-        measured = decode_seconds_per_token(path, n_threads=n_threads, repack=repack)
-        return replace(free, overhead=max(0.0, measured - free.seconds_per_token(types)))
+        before = decode_seconds_per_token(path, n_threads=n_threads, repack=repack)
+        products = free.seconds_per_token(types)
+        after = decode_seconds_per_token(path, n_threads=n_threads, repack=repack)
+        return replace(free, overhead=max(0.0, min(before, after) - products))  # others only make it slower
 
     def seconds_per_token(self, types: Mapping[str, str]) -> float:
         """types: tensor name → type name, of every tensor that has a shape here."""
