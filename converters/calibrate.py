@@ -32,7 +32,7 @@ def calibrate(
     on_progress: OnProgress | None = None,
 ) -> tuple[Importance, bool]:
     """The importance of the original's columns on a text ("self": one that it writes), and whether it was cached."""
-    path = _cache_path(inputs, text)
+    path = cache_path(inputs, text)
     with suppress(CheckpointError):
         return read_importance(path), True
     samples = calibration_samples(original, text, on_progress)
@@ -58,7 +58,7 @@ def calibrate_gram(
 
     memory: bytes that may hold matrices at a time. OutputError where the cache has no room for them.
     """
-    folder = _cache_path(inputs, text).with_suffix(".gram")
+    folder = cache_path(inputs, text).with_suffix(".gram")
     with suppress(CheckpointError):
         return read_gram(folder), True
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -119,7 +119,8 @@ def _write(importance: Importance, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _cache_path(inputs: Inputs, text: str | Path) -> Path:
+def cache_path(inputs: Inputs, text: str | Path) -> Path:
+    """Where what was collected on a text is kept; other suffixes for other kinds of it."""
     return user_cache_path("edgellm") / "statistics" / f"{statistics_key(inputs, text)}.gguf"
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.budget.allocate import Option
 from converters.budget.choose import Prospect, candidates_for, options_of
 from converters.budget.errors import expected_errors, grams_of, importance_of, matrices, plain_error
 from converters.budget.sensitivity import Bench, groups_of, measured
@@ -40,17 +42,29 @@ Pins = Sequence[tuple[re.Pattern[str], str]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where and with what the work is done. folder: for scratch files, empty. more_metadata: what the file will hold
-    besides the source's own.
+    """Where and with what the work is done. folder: for scratch files, empty. cache: a file that may have what was
+    found out before. more_metadata: what the file will hold besides the source's own.
     """
 
     inputs: Inputs
     original: Original
     folder: Path
     memory: int
+    cache: Path
     more_metadata: Mapping[str, Any]
     n_threads: int = 0
     on_progress: OnProgress | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What measuring found out, the same for every budget. sensitivity: of each tensor, the KL divergence that an error
+    of 1 makes; errors: tensor → type → expected error; floor: see `Prospect`.
+    """
+
+    sensitivity: Mapping[str, float]
+    errors: Mapping[str, Mapping[str, float]]
+    floor: float
 
 
 def look_ahead(
@@ -58,6 +72,46 @@ def look_ahead(
 ) -> Prospect:
     """Collect, measure, and work out every tensor's options. planned: any recipe's plan of the source."""
     targets = {tensor.name: tensor for tensor in planned.tensors if _is_open(tensor)}
+    groups = groups_of(list(targets), block_count(read_header(place.original.path)))
+    found = _known(place, targets)
+    if found is None:
+        found = _find_out(place, planned, targets, groups, training, tuning)
+        _remember(place, found)
+    options = {}
+    for name, tensor in targets.items():
+        seconds = _seconds(tensor, planned, place.n_threads) if with_speed else {}
+        types = candidates_for(tensor.shape, _pin(name, pins))
+        errors = {t: found.errors[name].get(t, 0.0) for t in types}  # a pinned type that is no candidate is finer
+        options[name] = options_of(tensor.shape, errors, found.sensitivity[name], seconds)
+    overhead = _overhead(place, planned, targets) if with_speed else None
+    return Prospect(options, groups, _other_bytes(place, planned, targets), found.floor, overhead=overhead)
+
+
+def _known(place: Place, targets: Mapping[str, PlannedTensor]) -> Findings | None:
+    """What an earlier conversion of the same model and text found out."""
+    try:
+        found = Findings(**json.loads(place.cache.read_text(encoding="utf-8")))
+        return found if found.errors.keys() == targets.keys() else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _remember(place: Place, found: Findings) -> None:
+    with suppress(OSError):  # a cache that can't be written costs only time
+        place.cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.cache.with_name(f"{place.cache.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        os.replace(partial, place.cache)
+
+
+def _find_out(
+    place: Place,
+    planned: Plan,
+    targets: Mapping[str, PlannedTensor],
+    groups: Mapping[str, Sequence[str]],
+    training: Sequence[Sample],
+    tuning: Sequence[Sample],
+) -> Findings:
     sizes = dict(planned.sizes)
     gram = collect_gram(
         place.original.path,
@@ -68,32 +122,19 @@ def look_ahead(
         n_threads=place.n_threads,
         on_progress=place.on_progress,
     )
-    groups = groups_of(list(targets), block_count(read_header(place.original.path)))
     sensitivity = _sensitivities(place, targets, groups, gram, sizes, tuning)
     errors = {
         name: expected_errors(
             matrices(tensor, sizes),
             grams_of(gram, name),
-            candidates_for(tensor.shape, _pin(name, pins)),
+            candidates_for(tensor.shape),
             HEAD_DAMPING if name == "token_embd.weight" else DAMPING,
             place.n_threads,
         )
         for name, tensor in targets.items()
     }
-    seconds = {
-        name: _seconds(tensor, planned, place.n_threads) if with_speed else {} for name, tensor in targets.items()
-    }
-    options = {
-        name: options_of(tensor.shape, errors[name], sensitivity[name], seconds[name])
-        for name, tensor in targets.items()
-    }
-    return Prospect(
-        options,
-        groups,
-        _other_bytes(place, planned, targets),
-        _floor(place, options, tuning),
-        overhead=_overhead(place, planned, targets) if with_speed else None,
-    )
+    fine = sum(sensitivity[name] * errors[name][_FINE] for name in targets)
+    return Findings(sensitivity, errors, max(0.0, _kld_of(place, _FINE, tuning) - fine))
 
 
 def _is_open(tensor: PlannedTensor) -> bool:
@@ -163,11 +204,9 @@ def _other_bytes(place: Place, planned: Plan, targets: Mapping[str, PlannedTenso
     return padded(len(header_bytes(planned.architecture, metadata, planned.tensors))) + others
 
 
-def _floor(place: Place, options: Mapping[str, Sequence[Option]], tuning: Sequence[Sample]) -> float:
-    """The divergence of the model in the finest type, less what rounding its weights is expected to make."""
-    fine = plan_of(place.inputs, _FINE)
-    with scratch(place.inputs, fine, place.folder / "floor", place.n_threads) as path:
-        found = evaluate(path, tuning[:_N_BENCH], reference=place.original.path, keep=place.folder / "kept")
+def _kld_of(place: Place, quant: str, samples: Sequence[Sample]) -> float:
+    """The divergence of a plain conversion by a recipe."""
+    with scratch(place.inputs, plan_of(place.inputs, quant), place.folder / quant, place.n_threads) as path:
+        found = evaluate(path, samples[:_N_BENCH], reference=place.original.path, keep=place.folder / "kept")
     assert found.divergence is not None
-    expected = sum(o.damage for row in options.values() for o in row if o.type_name == _FINE)
-    return max(0.0, found.divergence.kld_mean.value - expected)
+    return found.divergence.kld_mean.value

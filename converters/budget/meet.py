@@ -13,6 +13,7 @@ from typing import Any
 from converters.budget.allocate import Option, totals
 from converters.budget.choose import Budget, Prospect, choose, curve, explained, file_type_of
 from converters.budget.look import Place, look_ahead
+from converters.calibrate import cache_path
 from converters.compensation import Compensated, Job, compensate
 from converters.original import scratch
 from converters.plan import Plan
@@ -23,6 +24,7 @@ from edgellm.measure.evaluate import evaluate
 from edgellm.measure.scoring import Sample
 from edgellm.measure.speed import decode_seconds_per_token
 
+_VERSION = 1  # of what is found out before choosing: another one makes older files unknown
 _ATTEMPTS = 3
 _AIM = 0.95  # of a limit on the divergence
 _TOO_GOOD = 0.85  # of a limit on the divergence: below, bytes are wasted and another attempt is made
@@ -85,7 +87,10 @@ def meet(job: Job, wish: Wish, planned: Plan) -> tuple[Compensated, Met]:
     """
     training, tuning = held_out(job.samples())
     with _folder(job.out) as folder:
-        place = Place(job.inputs, job.original, folder, job.memory, wish.more_metadata, job.n_threads, job.on_progress)
+        cache = cache_path(job.inputs, job.text).with_suffix(f".budget-{_VERSION}.json")
+        place = Place(
+            job.inputs, job.original, folder, job.memory, cache, wish.more_metadata, job.n_threads, job.on_progress
+        )
         pins = [(re.compile(pattern), type_name.upper()) for pattern, type_name in wish.pins]
         prospect = look_ahead(place, planned, pins, training, tuning, wish.budget.min_speed is not None)
         prospect, speed = _checked_speed(job, wish, prospect, folder)

@@ -257,13 +257,21 @@ class _Steps:
         self._base, self._scale = np.ascontiguousarray(values.base.T), np.ascontiguousarray(values.scale.T)
         safe = np.where(self._scale == 0, 1, self._scale)
         self._inverse = np.where(self._scale == 0, 0, 1 / safe).astype(np.float32)
+        self._codes = None if self._grid.levels is None else _code_table(self._grid.levels)
 
     def nearest(self, j: int, column: Array) -> tuple[Bytes, Array]:
         """Codes of the values next to a column's weights, and those values."""
         base, scale, inverse = self._base[j], self._scale[j], self._inverse[j]
         levels = self._grid.levels
-        if levels is None:
+        if levels is None or self._codes is None:
             rounded = np.rint((column - base) * inverse).clip(0, self._grid.n_codes - 1)
             return rounded.astype(np.uint8), base + scale * rounded
-        codes = np.searchsorted((levels[1:] + levels[:-1]) / 2, column * inverse)
-        return codes.astype(np.uint8), scale * levels[codes]
+        halves = ((column * inverse + 128) * 2).clip(0, 511).astype(np.int16)
+        codes = self._codes[halves]
+        return codes, scale * levels[codes]
+
+
+def _code_table(levels: Array) -> Bytes:
+    """The code of the nearest level for every half from -128 on: integer levels have their borders at whole halves."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return np.searchsorted(middles, np.arange(512, dtype=np.float32) / 2 - 128, side="right").astype(np.uint8)
