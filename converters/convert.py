@@ -17,7 +17,7 @@ from converters.compensation import compensate as compensated
 from converters.original import Original, write_tensors
 from converters.plan import Plan
 from converters.prepare import AdapterArgument, Inputs, Overrides, metadata_of, open_inputs, plan_of
-from converters.quality import Quality, decide, measure
+from converters.quality import Decision, Quality, decide, measure
 from converters.quantize.gram import DEFAULT_MEMORY
 from converters.quantize.importance import Importance, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
@@ -93,7 +93,7 @@ def convert(
         raise ValueError("rounding errors are compensated on a text; give one (calibrate)")
     check_output(Path(out), planned.n_bytes, force)
     with workplace(Path(out), resume), closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
-        quality = Quality(*decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out)))
+        decision = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
             planned = plan_of(inputs, quant, types, weighed.matrix)
@@ -115,7 +115,7 @@ def convert(
                 n_threads=n_threads,
                 on_progress=on_progress,
             )
-        job = _Job(inputs, made, original, weighed, Path(out), quality, receipt == "full", receipt_text, report)
+        job = _Job(inputs, made, original, weighed, Path(out), decision, receipt == "full", receipt_text, report)
         return _write(job, started, resume, n_threads, on_progress)
 
 
@@ -133,14 +133,14 @@ class _Weighed:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is written of what, and how it is judged. quality: what was decided; must_measure: that it was asked for."""
+    """What is written of what, and how it is judged. must_measure: that it was asked for."""
 
     inputs: Inputs
     compensated: Compensated
     original: Original
     weighed: _Weighed
     out: Path
-    quality: Quality
+    decision: Decision
     must_measure: bool
     receipt_text: str | Path | None
     report: str | Path | None
@@ -155,7 +155,7 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
     inputs, planned = job.inputs, job.planned
     metadata, notes = metadata_of(inputs, planned)
     metadata |= job.weighed.metadata
-    has_receipt = job.quality.level != "off"
+    has_receipt = job.decision.level != "off"
     with Writer(
         job.out,
         planned.architecture,
@@ -202,12 +202,12 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
 
 def _measured(job: _Job, partial: Path) -> tuple[Quality, tuple[str, ...]]:
     """The quality as far as it was decided to measure it, and the line about it if it was."""
-    if job.quality.level != "full":
-        return job.quality, ()
+    if not job.decision.checks_function:
+        return Quality(job.decision.level, job.decision.reason), ()
     with_speed = job.report is not None
     try:
         quality, line = measure(
-            job.inputs, job.planned, job.original, partial, job.receipt_text, job.quality.reason, with_speed
+            job.inputs, job.planned, job.original, partial, job.receipt_text, job.decision, with_speed
         )
     except EngineCrashed as exc:  # the file passed every other check
         if job.must_measure:
