@@ -75,7 +75,13 @@ class InputWatch:
         self._error: BaseException | None = None
         self._names: dict[int, str | None] = {}  # address of a weight → its name if wanted
         self._products = _product_ops()
-        self.callback = library.load().ggml_backend_sched_eval_callback(self._see)
+        self.callback: Any = library.load().ggml_backend_sched_eval_callback(self._see)
+
+    def close(self) -> None:
+        """Let go of what `on_inputs` holds on to, when no context uses the watch any more: the callback and the watch
+        refer to each other, and what a garbage collection finds late may be gigabytes.
+        """
+        self.callback = None
 
     def raise_error(self) -> None:
         """The exception that ended the watch, if one did."""
