@@ -19,7 +19,7 @@ from converters.plan import Plan
 from converters.prepare import AdapterArgument, Inputs, Overrides, metadata_of, open_inputs, plan_of
 from converters.quality import Decision, Quality, decide, measure
 from converters.quantize.gram import DEFAULT_MEMORY
-from converters.quantize.importance import Importance, read_importance
+from converters.quantize.importance import Importance, check_names, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
 from converters.report import tensor_errors, write_report
 from converters.verify import verify
@@ -96,6 +96,7 @@ def convert(
         decision = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
+            check_names(weighed.matrix, {tensor.name for tensor in planned.tensors})
             planned = plan_of(inputs, quant, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
