@@ -19,9 +19,9 @@ from converters.compensation import compensate as compensated
 from converters.original import Original, write_tensors
 from converters.plan import Plan
 from converters.prepare import AdapterArgument, Inputs, Overrides, metadata_of, open_inputs, plan_of
-from converters.quality import Quality, decide, measure
+from converters.quality import Decision, Quality, decide, measure
 from converters.quantize.gram import DEFAULT_MEMORY
-from converters.quantize.importance import Importance, read_importance
+from converters.quantize.importance import Importance, check_names, read_importance
 from converters.receipt import Receipt, blank_entries, entries_of, peak_memory, types_used
 from converters.report import tensor_errors, write_report
 from converters.verify import verify
@@ -107,9 +107,10 @@ def convert(
         raise ValueError("rounding errors are compensated on a text; give one (calibrate)")
     check_output(Path(out), planned.n_bytes, force)
     with workplace(Path(out), resume), closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
-        quality = Quality(*decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out)))
+        decision = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out))
         weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
+            check_names(weighed.matrix, {tensor.name for tensor in planned.tensors})
             planned = plan_of(inputs, planned.file_type, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
@@ -122,11 +123,11 @@ def convert(
                 inputs, original, calibrate, Path(out), effort, memory, resume, n_threads, on_progress
             )  # fmt: skip
             if budget:
-                more = dict(weighed.metadata) | (blank_entries() if quality.level != "off" else {})
+                more = dict(weighed.metadata) | (blank_entries() if decision.level != "off" else {})
                 made, met = meet(text_job, Wish(budget, types, weighed.matrix, compensates, more), planned)
             else:
                 made = compensated(text_job, planned)
-        job = _Job(inputs, made, original, weighed, Path(out), quality, receipt == "full", receipt_text, report, met)
+        job = _Job(inputs, made, original, weighed, Path(out), decision, receipt == "full", receipt_text, report, met)
         return _write(job, started, resume, n_threads, on_progress)
 
 
@@ -144,14 +145,14 @@ class _Weighed:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is written of what, and how it is judged. quality: what was decided; must_measure: that it was asked for."""
+    """What is written of what, and how it is judged. must_measure: that it was asked for."""
 
     inputs: Inputs
     compensated: Compensated
     original: Original
     weighed: _Weighed
     out: Path
-    quality: Quality
+    decision: Decision
     must_measure: bool
     receipt_text: str | Path | None
     report: str | Path | None
@@ -167,7 +168,7 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
     inputs, planned = job.inputs, job.planned
     metadata, notes = metadata_of(inputs, planned)
     metadata |= job.weighed.metadata
-    has_receipt = job.quality.level != "off"
+    has_receipt = job.decision.level != "off"
     with Writer(
         job.out,
         planned.architecture,
@@ -215,12 +216,12 @@ def _write(job: _Job, started: float, resume: bool, n_threads: int, on_progress:
 
 def _measured(job: _Job, partial: Path) -> tuple[Quality, tuple[str, ...]]:
     """The quality as far as it was decided to measure it, and the line about it if it was."""
-    if job.quality.level != "full":
-        return job.quality, ()
+    if not job.decision.checks_function:
+        return Quality(job.decision.level, job.decision.reason), ()
     with_speed = job.report is not None
     try:
         quality, line = measure(
-            job.inputs, job.planned, job.original, partial, job.receipt_text, job.quality.reason, with_speed
+            job.inputs, job.planned, job.original, partial, job.receipt_text, job.decision, with_speed
         )
     except EngineCrashed as exc:  # the file passed every other check
         if job.must_measure:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ModelFileError,
         OutputError,
         SessionError,
+        TextError,
         TokenizerError,
         UnsupportedArchitecture,
     )
@@ -56,6 +57,7 @@ _HOMES = {
         "ModelFileError",
         "OutputError",
         "SessionError",
+        "TextError",
         "TokenizerError",
         "UnsupportedArchitecture",
     ),
@@ -79,6 +81,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reader's interest
     "UnsupportedArchitecture",
     "TokenizerError",
     "AdapterError",
+    "TextError",
     "OutputError",
     "BudgetError",
     "GenerationError",

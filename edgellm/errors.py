@@ -6,6 +6,7 @@
     │  ├─ UnsupportedArchitecture
     │  ├─ TokenizerError
     │  └─ AdapterError
+    ├─ TextError                 a text or dialogues to measure on can't be read, or are too short
     ├─ OutputError               the result cannot be written there: exists, no permission, disk full
     ├─ BudgetError               a size, quality or speed budget cannot be met
     ├─ GenerationError
@@ -50,6 +51,12 @@ class TokenizerError(CheckpointError):
 
 class AdapterError(CheckpointError):
     """An adapter doesn't fit its base or can't be merged; the message names the tensor."""
+
+
+class TextError(EdgeLLMError):
+    """A text or a file of dialogues can't be read, is too short, or has a line that isn't one."""
+
+    exit_code = 3
 
 
 class OutputError(EdgeLLMError):

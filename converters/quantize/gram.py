@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgellm.config import DEFAULT_N_BATCH
 from edgellm.errors import CheckpointError
+from edgellm.gguf_header import read_header
 from edgellm.measure.scoring import OnProgress, Sample
 from edgellm.measure.watching import block_shapes, by_expert, head_shape, n_matrices, watch_inputs
 
@@ -78,19 +80,21 @@ def collect_gram(
     inputs = _shared_inputs(model, samples[0], set(shapes), n_threads)
     widths = {shared: _widths(shapes[shared][-1]) for shared in dict.fromkeys(inputs.values())}
     n_of = {shared: n_matrices(shapes[shared]) for shared in widths}
+    n_kept = {s: sum(widths[s]) * _rows_kept(model, samples, n_of[s]) for s in widths}
+    n_floats = {s: n_of[s] * sum(w * w for w in widths[s]) + n_kept[s] for s in widths}
+    product = 4 * max(w * w for ws in widths.values() for w in ws)  # one is made at a time, then added
+    passes = _passes({s: 4 * n for s, n in n_floats.items()}, memory, product)
     folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, tuple[int, ...]] = {}
-    n_bytes = {s: 4 * (n_of[s] * sum(w * w for w in widths[s]) + DEFAULT_N_BATCH * sum(widths[s])) for s in widths}
-    passes = _passes(n_bytes, memory)
     for number, names in enumerate(passes):
-        sums = {s: [np.zeros((n_of[s], w, w), np.float32) for w in widths[s]] for s in names}
+        sums = _zeros({s: [(n_of[s], w, w) for w in widths[s]] for s in names})
         n_rows = {s: np.zeros(n_of[s], np.int64) for s in names}
-        _one_pass(model, samples, sums, n_rows, n_threads, _of_all(on_progress, number, len(passes)))
+        room = np.empty(sum(n_kept[s] for s in names), np.float32)
+        _one_pass(model, samples, sums, n_rows, room, n_threads, _of_all(on_progress, number, len(passes)))
         for shared in names:
-            for b, block in enumerate(sums[shared]):
-                block /= np.maximum(n_rows[shared], 1)[:, None, None]
-                np.save(_file(folder, shared, b), block)
+            _save_means(folder, shared, sums[shared], n_rows[shared])
             counts[shared] = tuple(int(n) for n in n_rows[shared])
+        del sums, room  # before the next pass makes its own
     index = {"inputs": inputs, "widths": widths, "counts": counts}
     (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
     return read_gram(folder)
@@ -121,28 +125,65 @@ def _shared_inputs(model: Path, sample: Sample, weights: set[str], n_threads: in
     return shared
 
 
+def _rows_kept(model: Path, samples: Sequence[Sample], n_experts: int) -> int:
+    """Rows of inputs that a batch brings at most: experts get those of a token as often as it uses experts."""
+    n_tokens = min(DEFAULT_N_BATCH, max(len(sample.tokens) for sample in samples))
+    used = (v for key, v in read_header(model).metadata.items() if key.endswith(".expert_used_count"))
+    return n_tokens * (int(next(used, 1)) if n_experts > 1 else 1)
+
+
+def _zeros(shapes: Mapping[str, list[tuple[int, int, int]]]) -> dict[str, list[Array]]:
+    """Arrays in one piece of memory, which goes back to the system as a whole: small ones leave holes behind."""
+    whole = np.zeros(sum(prod(shape) for of_name in shapes.values() for shape in of_name), np.float32)
+    arrays: dict[str, list[Array]] = {}
+    at = 0
+    for name, of_name in shapes.items():
+        for shape in of_name:
+            arrays.setdefault(name, []).append(whole[at : at + prod(shape)].reshape(shape))
+            at += prod(shape)
+    return arrays
+
+
 def _one_pass(
     model: Path,
     samples: Sequence[Sample],
     sums: Mapping[str, list[Array]],
     n_rows: Mapping[str, NDArray[np.int64]],
+    room: Array,
     n_threads: int,
     on_progress: OnProgress | None,
 ) -> None:
+    """Add to sums and n_rows. room: where a batch's inputs are kept until it is through."""
     kept: list[tuple[str, Array, NDArray[np.int32] | None]] = []
+    n_used = 0
 
     def keep(name: str, source: int, inputs: Array, experts: NDArray[np.int32] | None) -> None:
-        rows = inputs.reshape(-1, inputs.shape[-1]).copy()
-        kept.append((name, rows, None if experts is None else experts.reshape(-1).copy()))
+        nonlocal n_used
+        if n_used + inputs.size > len(room):
+            add_kept()
+        place = room[n_used : n_used + inputs.size]
+        n_used += inputs.size
+        np.copyto(place.reshape(inputs.shape), inputs)
+        kept.append(
+            (name, place.reshape(-1, inputs.shape[-1]), None if experts is None else experts.reshape(-1).copy())
+        )
 
     def add_kept() -> None:
+        nonlocal n_used
         for name, rows, of_row in kept:
             for e, chosen in ((0, rows),) if of_row is None else by_expert(rows, of_row):
                 _add(sums[name], e, chosen)
                 n_rows[name][e] += len(chosen)
         kept.clear()
+        n_used = 0
 
     watch_inputs(model, samples, set(sums), keep, after_batch=add_kept, n_threads=n_threads, on_progress=on_progress)
+
+
+def _save_means(folder: Path, shared: str, blocks: list[Array], n_rows: NDArray[np.int64]) -> None:
+    for b, block in enumerate(blocks):
+        block /= np.maximum(n_rows, 1)[:, None, None]
+        np.save(_file(folder, shared, b), block)
 
 
 def _add(blocks: list[Array], k: int, rows: Array) -> None:
@@ -161,18 +202,19 @@ def _widths(n_columns: int) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise(edges))
 
 
-def _passes(n_bytes: Mapping[str, int], memory: int) -> list[list[str]]:
-    """The matrices in order, in as few groups as fit the memory."""
+def _passes(n_bytes: Mapping[str, int], memory: int, product: int) -> list[list[str]]:
+    """The matrices in order, in as few groups as fit the memory beside a product of `product` bytes."""
     passes: list[list[str]] = []
     room = 0
     for name, size in n_bytes.items():
-        if size > memory:
+        if size + product > memory:
             raise CheckpointError(
-                f"the Gram matrix of {name} takes {size / 1e9:.1f} GB, more than the {memory / 1e9:.1f} GB allowed"
+                f"the Gram matrix of {name} takes {(size + product) / 1e9:.1f} GB to collect, more than the "
+                f"{memory / 1e9:.1f} GB allowed"
             )
         if size > room:
             passes.append([])
-            room = memory
+            room = memory - product
         passes[-1].append(name)
         room -= size
     return passes

@@ -6,7 +6,7 @@ Collected as llama-imatrix does, over all tokens, and kept in its file format, b
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,17 @@ class Importance:
                 f"the importance matrix has {found} columns for {name} of shape {list(shape)}; it is of another model"
             )
         return entry.means()
+
+
+def check_names(importance: Importance, names: Collection[str]) -> None:
+    """CheckpointError where it has blocks' weights that a model with these tensors hasn't: those of the model would be
+    rounded without it, and nobody would know.
+    """
+    strange = sorted(name for name in importance.entries if name.startswith("blk.") and name not in names)
+    if strange:
+        raise CheckpointError(
+            f"the importance matrix is of another model: it has {strange[0]}, which this one hasn't; use its own"
+        )
 
 
 def collect_importance(

@@ -35,6 +35,8 @@ def evaluate(
     from edgellm.measure import texts
     from edgellm.measure.evaluate import evaluate as measure
 
+    if keep and not reference:
+        raise typer.BadParameter("--keep is for the log-probabilities of a --reference; give one")
     path = resolve(model)
     original = resolve(reference) if reference else None
     with progress_bar("measuring") as on_progress:
@@ -50,7 +52,8 @@ def evaluate(
         found = measure(path, samples, reference=original, lora=adapters, keep=keep, on_progress=on_progress)
     if as_json:
         about = {"model": str(path), "reference": str(original) if original else None, "text": text}
-        typer.echo(json.dumps({**about, "n_ctx": n_ctx, "n_samples": len(samples), **found.as_dict()}))
+        read = max(len(sample.tokens) for sample in samples)  # less than asked for where the model or the text is short
+        typer.echo(json.dumps({**about, "n_ctx": min(n_ctx, read), "n_samples": len(samples), **found.as_dict()}))
     else:
         typer.echo("\n".join(describe(found, len(samples))))
 

@@ -2,7 +2,7 @@
 
 The models' memory isn't the caller's then, and native code that aborts on a damaged file takes only this process with
 it. One JSON object on stdin (see `Request`), one on stdout: {"tokens": those whose log-probabilities were kept,
-"measured": Evaluation.as_dict(), "speeds": {"model": {"prompt", "decode"}, "reference": …} or null}.
+"measured": Evaluation.as_dict() or null, "speeds": {"model": {"prompt", "decode"}, "reference": …} or null}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edgellm.errors import EdgeLLMError, EngineCrashed, ModelFileError
 class Request:
     """model: what is measured, against reference (or alone). text: see `read_samples`. The first n_kept tokens'
     log-probabilities of `exact`, one of the two, go to the file `kept` (.npy, float32 (n_kept, n_vocab)).
-    with_speed: also time both, see `measure_speed`.
+    compares: whether anything is measured besides. with_speed: also time both, see `measure_speed`.
     """
 
     model: str
@@ -34,6 +34,7 @@ class Request:
     n_chunks: int
     n_kept: int
     kept: str
+    compares: bool = True
     with_speed: bool = False
 
 
@@ -75,12 +76,14 @@ def _main() -> None:
                 rows = list(scorer.log_probs(Sample([*tokens, tokens[-1]], range(len(tokens)))))
             np.save(request.kept, np.concatenate(rows))
             reference = Path(request.reference) if request.reference else None
-            measured = evaluate(Path(request.model), samples, reference=reference)
+            measured = None
+            if request.compares:
+                measured = evaluate(Path(request.model), samples, reference=reference).as_dict()
             timed = {"model": Path(request.model), "reference": reference} if request.with_speed else {}
             speeds = {name: measure_speed(path, samples[0].tokens) for name, path in timed.items() if path}
         except EdgeLLMError as exc:
             raise SystemExit(f"error: {exc}") from exc
-    print(json.dumps({"tokens": tokens, "measured": measured.as_dict(), "speeds": speeds or None}))
+    print(json.dumps({"tokens": tokens, "measured": measured, "speeds": speeds or None}))
 
 
 if __name__ == "__main__":

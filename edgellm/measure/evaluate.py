@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgellm.engine.adapters import Lora
+from edgellm.errors import EdgeLLMError
+from edgellm.gguf_header import read_header
 from edgellm.measure.divergence import Evaluation, Rows, Tally, kl_divergence
 from edgellm.measure.reference import Reference, open_reference
 from edgellm.measure.scoring import OnProgress, Sample, Scorer, in_slabs
@@ -35,6 +37,7 @@ def evaluate(
     with closing(Scorer(model, n_ctx, lora=lora)) as scorer:
         if reference is None:
             return _tally(scorer, None, samples, on_progress).evaluation()
+        _check_tokens(model, reference, samples)
         theirs = open_reference(reference, samples, n_ctx, scorer.vocab.size, keep)
         finished = False
         try:
@@ -43,6 +46,19 @@ def evaluate(
         finally:
             theirs.close(finished)
     return tally.evaluation()
+
+
+def _check_tokens(model: Path, reference: Path, samples: Sequence[Sample]) -> None:
+    """Two vocabularies may be of one size by chance: the tokens that are read must be the same texts in both."""
+    ours, theirs = (read_header(path).metadata.get("tokenizer.ggml.tokens") or [] for path in (model, reference))
+    if len(ours) != len(theirs):
+        return  # said later, with the numbers
+    for token in sorted({token for sample in samples for token in sample.tokens if token < len(ours)}):
+        if ours[token] != theirs[token]:
+            raise EdgeLLMError(
+                f"token {token} is {ours[token]!r} in {model} and {theirs[token]!r} in {reference}: only models of one "
+                "vocabulary can be compared"
+            )
 
 
 def _tally(

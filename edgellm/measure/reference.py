@@ -76,8 +76,10 @@ class KeptReference(Reference):
         self._at = 0
         try:
             self._kept = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as exc:
+        except OSError as exc:
             raise _unusable(path, exc) from exc
+        except ValueError as exc:
+            raise EdgeLLMError(f"{path} is damaged; delete it") from exc
         if self._kept.shape != (n_rows, n_vocab) or self._kept.dtype != np.float32:
             raise EdgeLLMError(f"{path} is damaged; delete it")
 

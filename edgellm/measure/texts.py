@@ -9,7 +9,7 @@ from typing import Any
 
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.model import Model, load
-from edgellm.errors import EdgeLLMError, GenerationError
+from edgellm.errors import GenerationError, TextError
 from edgellm.measure.scoring import OnProgress, Sample
 
 SELF = "self"
@@ -33,7 +33,7 @@ def read_samples(
     A text is cut into chunks of n_ctx, each begun with BOS where the vocabulary has one, and the second half of each
     is scored, as llama-perplexity does. Of dialogues (.jsonl: {"messages": […]}, {"prompt", "completion"} or
     {"text"} per line) only the assistant's answers are scored, through the model's chat template.
-    Errors: EdgeLLMError for a file that can't be read or is too short.
+    Errors: TextError for a file that can't be read or is too short.
     """
     with load(model, LoadParams(n_ctx=n_ctx, load_mode="mmap")) as opened:
         n_ctx = opened.n_ctx
@@ -48,7 +48,7 @@ def read_samples(
         if opened.bos is not None:
             tokens.insert(0, opened.bos)
         if len(tokens) < _MIN_TOKENS:
-            raise EdgeLLMError(f"{path} has {len(tokens)} tokens; give a longer text, a few thousand words at best")
+            raise TextError(f"{path} has {len(tokens)} tokens; give a longer text, a few thousand words at best")
         return chunks(tokens, n_ctx, n_chunks, opened.bos)
 
 
@@ -66,9 +66,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
-        raise EdgeLLMError(f"{path} is no UTF-8 text (byte {exc.start}); convert it to UTF-8") from exc
+        raise TextError(f"{path} is no UTF-8 text (byte {exc.start}); convert it to UTF-8") from exc
     except OSError as exc:
-        raise EdgeLLMError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
+        raise TextError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
 
 
 def _own_text(model: Model, n_ctx: int, n_chunks: int, seed: int, on_progress: OnProgress | None) -> list[int]:
@@ -94,9 +94,9 @@ def _dialogues(path: Path, content: str, model: Model, n_ctx: int) -> list[Sampl
             try:
                 samples += _of_line(json.loads(line), model, n_ctx)
             except (ValueError, KeyError, TypeError, GenerationError) as exc:
-                raise EdgeLLMError(f"{path}, line {number}: {_reason(exc)}") from exc
+                raise TextError(f"{path}, line {number}: {_reason(exc)}") from exc
     if not samples:
-        raise EdgeLLMError(f'{path} has no answers to score; a line looks like {{"messages": [{{"role": …}}]}}')
+        raise TextError(f'{path} has no answers to score; a line looks like {{"messages": [{{"role": …}}]}}')
     return samples
 
 
@@ -114,8 +114,12 @@ def _of_line(record: Any, model: Model, n_ctx: int) -> Iterator[Sample]:
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
     if "messages" in record:
+        if not isinstance(record["messages"], list):
+            raise ValueError("messages must be a list")
         yield from _answers(record["messages"], model, n_ctx)
     elif "text" in record:
+        if not isinstance(record["text"], str):
+            raise ValueError("text must be a string")
         tokens = ([model.bos] if model.bos is not None else []) + model.tokenize(record["text"])
         yield from _cut(tokens, list(range(len(tokens) - 1)), n_ctx)
     else:

@@ -38,10 +38,12 @@ def watch_inputs(
     check_loadable(model)
     n_ctx = max(len(sample.tokens) for sample in samples)
     total, done = sum(len(sample.tokens) for sample in samples), 0
-    with closing(NativeModel(model, load_mode="mmap")) as native:
+    with (
+        closing(InputWatch(weights.__contains__, on_inputs)) as watch,
+        closing(NativeModel(model, load_mode="mmap")) as native,
+    ):
         if native.is_embedder:
             raise EdgeLLMError(f"{model} makes embeddings, no text: nothing can be collected from it")
-        watch = InputWatch(weights.__contains__, on_inputs)
         # Logits are asked for at every token: where they aren't, the last block leaves tokens out.
         n_rows = rows_at_a_time(min(n_ctx, DEFAULT_N_BATCH), native.vocab.size)
         params = LoadParams(n_ctx=n_ctx, n_batch=n_rows, n_threads=n_threads)

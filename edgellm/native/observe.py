@@ -82,7 +82,13 @@ class InputWatch:
         self._products, self._add = _product_ops(), _op_number(b"ADD")
         self._made: dict[int, str] = {}  # address of a product, or of it with its bias → the weight's name
         self._seen: dict[str, int] = {}  # name → address of what was computed last, or went into it
-        self.callback = library.load().ggml_backend_sched_eval_callback(self._see)
+        self.callback: Any = library.load().ggml_backend_sched_eval_callback(self._see)
+
+    def close(self) -> None:
+        """Let go of what `on_inputs` holds on to, when no context uses the watch any more: the callback and the watch
+        refer to each other, and what a garbage collection finds late may be gigabytes.
+        """
+        self.callback = None
 
     def raise_error(self) -> None:
         """The exception that ended the watch, if one did."""

@@ -48,6 +48,7 @@ def sweep(path: Path, inputs: Tokens | States, watch: InputWatch, *, n_threads: 
             _decode(lib, context, inputs)
         finally:
             lib.llama_free(context)
+            watch.close()
     watch.raise_error()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from edgellm.cli.options import n_bytes
 from edgellm.errors import CheckpointError
 from edgellm.measure.scoring import Sample
 from edgellm.measure.texts import read_samples
+from edgellm.measure.watching import watch_inputs
 from tests.converters import tiny
 from tests.converters.command import refused, run
 
@@ -93,7 +97,7 @@ def test_several_passes_give_the_same(model: Path, collected: Gram, tmp_path: Pa
         model.with_suffix(".gguf"),
         SAMPLES,
         tmp_path,
-        memory=800_000,
+        memory=650_000,
         on_progress=lambda what, done, total: seen.append((done, total)),
     )
     assert len(seen) >= 6
@@ -102,8 +106,32 @@ def test_several_passes_give_the_same(model: Path, collected: Gram, tmp_path: Pa
     for name in collected.inputs:
         assert np.array_equal(small.matrix(name), collected.matrix(name))
     assert read_gram(tmp_path) == small
-    with pytest.raises(CheckpointError, match=r"takes 0\.0 GB, more than"):
+    with pytest.raises(CheckpointError, match=r"takes 0\.0 GB to collect, more than"):
         collect_gram(model.with_suffix(".gguf"), SAMPLES, tmp_path, memory=1000)
+
+
+def test_a_watch_lets_go_at_once(model: Path) -> None:
+    """Not when garbage is collected: the matrices of one pass would still be there in the next."""
+
+    class Held:
+        pass
+
+    held = Held()
+    seen = weakref.ref(held)
+    gc.disable()
+    try:
+        watch_inputs(model.with_suffix(".gguf"), SAMPLES[:1], {"blk.0.attn_q.weight"}, lambda *_, held=held: None)
+        del held
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_experts_bring_rows_more_than_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch leaves is counted: a token's inputs for each expert it uses."""
+    header = SimpleNamespace(metadata={"mixtral.expert_used_count": 3})
+    monkeypatch.setattr(gram, "read_header", lambda path: header)
+    assert [gram._rows_kept(model, SAMPLES, n_experts) for n_experts in (1, 8)] == [96, 3 * 96]
 
 
 def test_wide_inputs_in_blocks(model: Path, collected: Gram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,12 @@ def test_auto_says_why_it_does_not_measure(tiny_llama: Path, tmp_path: Path, mon
     receipt = convert(tiny_llama, tmp_path / "slow.gguf", quant="Q8_0", receipt="auto")
     assert (receipt.quality["level"], receipt.quality["measured"]) == ("fast", None)
     assert "it would take some" in receipt.quality["reason"]
+    assert receipt.quality["forward_kld"] < 1e-4  # but it answers as the checkpoint does
+    assert any("our own forward pass" in check for check in receipt.checks)
+    other_theta(monkeypatch)
+    with pytest.raises(CheckpointError, match="computes something else"):
+        convert(tiny_llama, tmp_path / "wrong.gguf", quant="Q8_0", receipt="auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["slow.gguf"]
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 900_000))
     receipt = convert(tiny_llama, tmp_path / "full.gguf", quant="Q4_0", receipt="auto")
@@ -192,7 +198,7 @@ def without_permutation(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_theta(patch: pytest.MonkeyPatch) -> None:
-    plans(lambda plan: dataclasses.replace(plan, metadata={**plan.metadata, "llama.rope.freq_base": 10000.0}), patch)
+    plans(lambda plan: dataclasses.replace(plan, metadata={**plan.metadata, "llama.rope.freq_base": 20000.0}), patch)
 
 
 def other_pre_tokenizer(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import edgellm
 from converters import convert, to_checkpoint
 from edgellm.errors import EdgeLLMError
+from edgellm.gguf_header import read_header
 from edgellm.measure.evaluate import evaluate
 from edgellm.measure.texts import read_samples
 from tests.converters import tiny
@@ -181,6 +183,8 @@ def test_command(q4_0: Path, f16: Path) -> None:
         ("\n3", "line 2: it is no JSON object"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no answers to score"),
         ('{"messages": [{"role": "assistant", "content": 4}]}', "line 1: message 0 .* has no text"),
+        ('{"messages": 4}', "line 1: messages must be a list"),
+        ('{"text": 4}', "line 1: text must be a string"),
         ("", "no answers to score"),
     ],
 )
@@ -194,10 +198,45 @@ def test_bad_dialogues(content: str, said: str, model_path: Path, tmp_path: Path
 def test_bad_input(model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few", encoding="utf-8")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    refused(run("eval", model_path, "--text", tmp_path / "short.txt"), 1, "longer text")
-    refused(run("eval", model_path, "--text", tmp_path / "bytes.txt"), 1, "no UTF-8")
-    refused(run("eval", model_path, "--text", tmp_path / "nothing.txt"), 1, "check the path")
+    refused(run("eval", model_path, "--text", tmp_path / "short.txt"), 3, "longer text")
+    refused(run("eval", model_path, "--text", tmp_path / "bytes.txt"), 3, "no UTF-8")
+    refused(run("eval", model_path, "--text", tmp_path / "nothing.txt"), 3, "check the path")
     refused(run("eval", tmp_path / "nothing.gguf", "--text", LICENSE), 3, "no such file")
+
+
+def test_what_does_not_fit_the_model(model_path: Path, tmp_path: Path) -> None:
+    tiny.make_model(tmp_path / "tiny", vocab_size=1000, max_position_embeddings=128)
+    convert(tmp_path / "tiny", tmp_path / "tiny.gguf", quant="F16")
+    found = run("eval", tmp_path / "tiny.gguf", "--text", LICENSE, "--n-ctx", "1000", "--chunks", "2", "--json")
+    assert json.loads(found.stdout)["n_ctx"] == 128
+    ended = run("eval", tmp_path / "tiny.gguf", "--text", LICENSE, "--keep", tmp_path)
+    assert (ended.code, "--reference" in ended.stderr) == (2, True)
+
+
+def test_a_vocabulary_of_the_same_size(tmp_path: Path) -> None:
+    """Tokens of other texts under the same numbers can't be compared; those that no text has don't matter."""
+    tiny.make_model(tmp_path / "a", vocab_size=1000)
+    convert(tmp_path / "a", tmp_path / "a.gguf", quant="F16")
+    samples = read_samples(LICENSE, tmp_path / "a.gguf", n_ctx=64, n_chunks=1)
+    tokens = read_header(tmp_path / "a.gguf").metadata["tokenizer.ggml.tokens"]
+    read, unread = (
+        next(
+            i
+            for i in range(400, 1000)
+            if len(tokens[i]) > 2 and tokens[i].isascii() and (i in samples[0].tokens) == is_in
+        )
+        for is_in in (True, False)
+    )
+    for token in (unread, read):
+        text = tokens[token].encode()
+        stored = (tmp_path / "a.gguf").read_bytes()
+        renamed = stored.replace(
+            struct.pack("<Q", len(text)) + text, struct.pack("<Q", len(text)) + b"~" * len(text), 1
+        )
+        (tmp_path / f"{token}.gguf").write_bytes(renamed)
+    assert evaluate(tmp_path / f"{unread}.gguf", samples, reference=tmp_path / "a.gguf").divergence
+    with pytest.raises(EdgeLLMError, match=f"token {read} is '~+' in"):
+        evaluate(tmp_path / f"{read}.gguf", samples, reference=tmp_path / "a.gguf")
 
 
 def test_another_vocabulary(model_path: Path, tmp_path: Path) -> None:
