@@ -34,7 +34,7 @@ Doubles = NDArray[np.float64]
 _ALIGN_DAMPING = 0.05  # of the mean diagonal; how far H is trusted where inputs hardly vary
 DAMPING = 0.01
 HEAD_DAMPING = 0.1  # of a head whose rows are also the tokens' embeddings: a plain error counts there as well
-_N_SWEEPS = 2  # more bring a percent
+N_SWEEPS = 2  # more bring a percent
 _F16_MAX = 65504.0
 _SPAN = 128  # columns whose errors are carried over to the later ones together
 _PANEL = 32  # columns whose errors are carried over one by one
@@ -85,10 +85,10 @@ def fit(gram: Array, cross: Array | None = None, missing: Array | None = None, d
     return Fit(damped.astype(np.float32), factor, moved, added)
 
 
-def compensated(weights: Array, type_name: str, fitted: Fit, n_threads: int = 0) -> Bytes:
+def compensated(weights: Array, type_name: str, fitted: Fit, n_threads: int = 0, *, n_sweeps: int = N_SWEEPS) -> Bytes:
     """Bytes of the weights, float32 (rows, columns), in a type of GRIDS: uint8 (rows, bytes of a row).
 
-    They don't depend on n_threads (0: all cores).
+    They don't depend on n_threads (0: all cores). n_sweeps: how often scales and codes are refitted after GPTQ.
     """
     if fitted.moved is not None:
         weights = weights @ fitted.moved
@@ -96,7 +96,7 @@ def compensated(weights: Array, type_name: str, fitted: Fit, n_threads: int = 0)
         weights = weights + fitted.added
     slabs = np.array_split(weights, 2 * -(-len(weights) // (2 * _SLAB_ROWS)))
     with ThreadPoolExecutor(n_threads or physical_cpu_count(), "compensate") as pool:
-        return np.concatenate(list(pool.map(lambda slab: _slab(slab, type_name, fitted), slabs)))
+        return np.concatenate(list(pool.map(lambda slab: _slab(slab, type_name, fitted, n_sweeps), slabs)))
 
 
 def spread_costs(gram: Array, damping: float = DAMPING) -> Array:
@@ -139,9 +139,9 @@ class _Rows:
     blocks: list[Bytes]
 
 
-def _slab(weights: Array, type_name: str, fitted: Fit) -> Bytes:
+def _slab(weights: Array, type_name: str, fitted: Fit, n_sweeps: int) -> Bytes:
     rows = _fed_back(np.ascontiguousarray(weights.T), type_name, fitted)
-    for _ in range(_N_SWEEPS):
+    for _ in range(n_sweeps):
         _sweep(rows, fitted.gram)
     return np.concatenate(rows.blocks, axis=1)
 

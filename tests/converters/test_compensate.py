@@ -9,7 +9,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from converters.quantize.compensate import can_compensate, compensated, error_of, fit, unpacked
-from converters.quantize.grids import GRIDS, decoded, values_of
+from converters.quantize.grids import GRIDS, SCALES, decoded, scale_of, set_scale, unit_of, values_of
 from converters.quantize.types import FILE_TYPES, TYPE_IDS, block_size
 from edgellm.native.ggml import quantize_rows
 
@@ -65,16 +65,19 @@ def test_loses_less_than_ggmls_own(type_name: str) -> None:
 
 @pytest.mark.parametrize("type_name", ["Q4_0", "Q5_1", "IQ4_NL"])
 def test_codes_are_those_of_optimal_brain_quantization(type_name: str) -> None:
-    """The same greedy choice by the inverse of what is left of H, without Cholesky factors, blocks or spans."""
+    """The same greedy choice by the inverse of what is left of H, without Cholesky factors, panels or spans."""
     weights, gram = weights_of(16, 192), gram_of(correlated(2000, 192))
-    found = unpacked(type_name, compensated(weights, type_name, fit(gram)), 192)
+    found = unpacked(type_name, compensated(weights, type_name, fit(gram), n_sweeps=0), 192)
     left = weights.astype(np.float64)
     h = gram + 0.01 * np.diagonal(gram).mean() * np.eye(192)
     expected = np.empty_like(left)
     for j in range(192):
         if j % 32 == 0:
             part = np.ascontiguousarray(left[:, j : j + 32], np.float32)
-            blocks = quantize_rows(part, TYPE_IDS[type_name], importance=np.diagonal(gram)[j : j + 32].copy())
+            costs = [
+                1 / np.linalg.inv(h[k:, k:])[0, 0] for k in range(j, j + 32)
+            ]  # of an error that all later ones share
+            blocks = quantize_rows(part, TYPE_IDS[type_name], importance=np.array(costs, np.float32))
             values, levels = values_of(type_name, blocks), GRIDS[type_name].levels
             levels = np.arange(GRIDS[type_name].n_codes, dtype=np.float32) if levels is None else levels
         choices = values.base[:, j % 32, None] + values.scale[:, j % 32, None] * levels
@@ -82,6 +85,53 @@ def test_codes_are_those_of_optimal_brain_quantization(type_name: str) -> None:
         inverse = np.linalg.inv(h[j:, j:])
         left[:, j:] -= np.outer((left[:, j] - expected[:, j]) / inverse[0, 0], inverse[0])
     assert np.isclose(found, expected, atol=1e-6).mean() > 0.97  # a tie broken otherwise changes its row's rest
+
+
+@pytest.mark.parametrize("type_name", GRIDS)
+def test_sweeps_never_lose_and_end_where_no_step_gains(type_name: str) -> None:
+    weights, fitted = weights_of(24, 512), fit(gram_of(correlated(3000, 512)))
+    packed = [compensated(weights, type_name, fitted, n_sweeps=n) for n in (0, 1, 2, 60)]
+    values = [unpacked(type_name, p, 512).astype(np.float64) for p in packed]
+    errors = [np.trace((weights - v) @ fitted.gram @ (weights - v).T) for v in values]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.99 * errors[0]
+    # at the end another code for any one weight, with the scales as they are, is no better
+    blocks = packed[-1].reshape(-1, packed[-1].shape[1] * block_size(type_name) // 512)
+    grid, now = GRIDS[type_name], values_of(type_name, blocks)
+    levels = np.arange(grid.n_codes, dtype=np.float32) if grid.levels is None else grid.levels
+    choices = (now.base[..., None] + now.scale[..., None] * levels).reshape(24, 512, -1)
+    pull = (weights - values[-1]) @ fitted.gram
+    step = choices - values[-1][..., None]
+    gain = 2 * step * pull[..., None] - step**2 * np.diagonal(fitted.gram)[:, None]
+    assert (gain.max(axis=-1) > 1e-3 * errors[-1] / weights.size).mean() < 0.02
+
+
+@pytest.mark.parametrize("type_name", GRIDS)
+def test_weights_are_linear_in_the_scales(type_name: str) -> None:
+    packed = quantize_rows(weights_of(8, 512), TYPE_IDS[type_name], importance=np.ones(512, np.float32))
+    blocks = packed.reshape(-1, packed.shape[1] * block_size(type_name) // 512)
+    parts = [unit_of(type_name, blocks, at) * scale_of(blocks, at)[:, None] for at in SCALES[type_name]]
+    assert np.allclose(sum(parts), decoded(type_name, blocks), atol=1e-6)
+    other = blocks.copy()
+    for at in SCALES[type_name]:
+        set_scale(other, at, scale_of(blocks, at) * 2)
+    assert np.allclose(decoded(type_name, other), 2 * decoded(type_name, blocks), rtol=1e-3)
+
+
+def test_what_is_missing_is_made_up_for() -> None:
+    """min |W x_f + e - W' x_q|² + λ |W - W'|² with what the outputs shall have besides, as numpy's solver has it."""
+    exact = correlated(800, 64)
+    seen = exact + correlated(800, 64, seed=2) * np.float32(0.1)
+    weights, gram = weights_of(10, 64), gram_of(seen)
+    missing = seen[:, :10] * np.float32(0.01) + correlated(800, 12, seed=3)[:, :10] * np.float32(0.002)
+    found = fit(gram, exact.T @ seen / np.float32(800), missing.T @ seen / np.float32(800))
+    assert found.moved is not None
+    assert found.added is not None
+    strength = np.sqrt(0.05 * np.diagonal(gram).mean() * 800)
+    left = np.concatenate([seen, strength * np.eye(64)]).astype(np.float64)
+    right = np.concatenate([exact @ weights.T + missing, strength * weights.T])
+    expected = np.linalg.lstsq(left, right, rcond=None)[0].T
+    assert np.abs(weights @ found.moved + found.added - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_moved_weights_solve_the_least_squares() -> None:
