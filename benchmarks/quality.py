@@ -1,9 +1,13 @@
-"""What error compensation is worth: each recipe with llama.cpp's importance matrix alone, and compensated besides.
+"""What calibrating is worth: files of llama.cpp's own recipes with its importance matrix, and ours of the same bytes.
 
     python benchmarks/quality.py [--model MODEL.gguf] [--quants Q4_0,Q4_K_M,Q5_K_M] [--effort 3] [--keep FOLDER]
+        [--calibrate self|other] [--max-kld 0.05] [--fast 1.15] [--picture docs/quality.png]
 
 The model's weights are moved off the grid they were quantized to: uniform noise of half a step, seed 0. Calibrated on
-one third of the Python documentation's topics, measured on another. Prints a table, then one JSON line.
+one third of the Python documentation's topics (or on text the model writes, or on the licence), measured on another
+third. For each recipe: llama.cpp's file, the same types compensated, and a file of our own types of no more bytes.
+--max-kld also asks for that divergence; --fast for so many times the decoding speed of Q4_K_M at Q4_0's bytes.
+Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,10 +30,16 @@ from converters.safetensors_writer import OutTensor, write_shards
 from converters.sources import open_source
 from edgellm.catalog.cards import resolve
 from edgellm.measure.evaluate import evaluate
-from edgellm.measure.texts import read_samples
+from edgellm.measure.scoring import Sample
+from edgellm.measure.speed import decode_seconds_per_token
+from edgellm.measure.texts import SELF, read_samples
 
 PARTS = ("calibration", "tuning", "test")
+OTHER = Path(__file__).parent.parent / "LICENSE"  # another domain
 _BLOCK, _STEPS = 32, 15  # of Q4_1, whose grid the bundled weights lie on
+_ROUNDS = 5
+
+Row = dict[str, Any]
 
 
 def write_texts(folder: Path) -> dict[str, Path]:
@@ -57,28 +68,93 @@ def off_grid(model: Path, folder: Path) -> Path:
     return out
 
 
-def compare(
-    model: Path, texts: dict[str, Path], folder: Path, quants: Sequence[str], effort: int
-) -> list[dict[str, Any]]:
-    """KLD, bytes and seconds of every recipe both ways."""
-    exact = folder / "exact.gguf"
-    converters.convert(model, exact, quant="F16", receipt="off")
-    samples = read_samples(texts["test"], exact, n_ctx=512, n_chunks=12)
-    rows = []
+class Comparison:
+    """Files of one model, each measured on the test text as it is made."""
+
+    def __init__(self, model: Path, folder: Path, calibration: str | Path, test: Path, effort: int) -> None:
+        self.model, self.folder, self.calibration, self.effort = model, folder, calibration, effort
+        self.exact = folder / "exact.gguf"
+        converters.convert(model, self.exact, quant="F16", receipt="off", force=True)
+        self.samples: list[Sample] = read_samples(test, self.exact, n_ctx=512, n_chunks=12)
+        self.rows: list[Row] = []
+
+    def add(self, name: str, kind: str, **options: Any) -> Row:
+        """Convert with these options, and measure."""
+        out = self.folder / f"{name}-{kind}.gguf"
+        started = time.perf_counter()
+        converters.convert(
+            self.model, out, calibrate=self.calibration, effort=self.effort, receipt="off", force=True, **options
+        )
+        seconds = time.perf_counter() - started
+        measured = evaluate(out, self.samples, reference=self.exact, keep=self.folder / "kept").as_dict()
+        row = {"name": name, "kind": kind, "bytes": out.stat().st_size, "seconds": round(seconds, 1), "file": str(out)}
+        row |= {"kld": measured["kld"]["mean"], "error": measured["errors"]["kld"]["mean"]}
+        self.rows.append(row | {"same_top": measured["same_top"]})
+        print("{name:<8} {kind:<12} {bytes:>13,} B  KLD {kld:.5f} ± {error:.5f}  {seconds:7.1f} s".format(**row))
+        return self.rows[-1]
+
+    def find(self, name: str, kind: str) -> Row | None:
+        return next((row for row in self.rows if (row["name"], row["kind"]) == (name, kind)), None)
+
+
+def add_speeds(rows: Sequence[Row]) -> None:
+    """Tokens per second of every file: medians of rounds in turns."""
+    seconds: dict[str, list[float]] = {row["file"]: [] for row in rows}
+    for _ in range(_ROUNDS):
+        for file, found in seconds.items():
+            found.append(decode_seconds_per_token(Path(file)))
+    for row in rows:
+        row["decode"] = round(1 / median(seconds[row["file"]]), 1)
+
+
+def draw(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Size and speed against KL divergence."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    looks = {
+        "standard": ("o", "llama.cpp's recipe, importance matrix"),
+        "compensated": ("s", "the same types, compensated"),
+    }
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        marker, label = looks.get(kind, ("D", "edgellm, within a budget"))
+        ours = [row for row in rows if row["kind"] == kind]
+        label = label if kind in looks or kind == "max-size" else f"edgellm, {kind}"
+        for axis, values in ((axes[0], [r["bytes"] / 1e6 for r in ours]), (axes[1], [r["decode"] for r in ours])):
+            axis.scatter(values, [row["kld"] for row in ours], marker=marker, label=label)
+            for x, row in zip(values, ours, strict=True):
+                axis.annotate(row["name"], (x, row["kld"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for axis, text in zip(axes, ("size, MB", "decoding, tokens per second"), strict=True):
+        axis.set_yscale("log")
+        axis.set_xlabel(text)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("mean KL divergence from F16")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def compare(found: Comparison, quants: Sequence[str], max_kld: float | None, fast: float | None) -> dict[str, Any]:
+    """All rows; returns the ratios that matter."""
+    ratios: dict[str, Any] = {}
     for quant in quants:
-        for compensate in (False, True):
-            out = folder / f"{quant}-{compensate}.gguf"
-            started = time.perf_counter()
-            converters.convert(
-                model, out, quant=quant, calibrate=texts["calibration"], compensate=compensate, effort=effort,
-                receipt="off",
-            )  # fmt: skip
-            seconds = time.perf_counter() - started
-            measured = evaluate(out, samples, reference=exact).as_dict()
-            row = {"quant": quant, "compensated": compensate, "bytes": out.stat().st_size, "seconds": round(seconds, 1)}
-            rows.append(row | {"kld": measured["kld"]["mean"], "same_top": measured["same_top"]})
-            print("{quant:<8} {compensated!s:<6} {bytes:>11,} B  KLD {kld:.5f}  {seconds:7.1f} s".format(**rows[-1]))
-    return rows
+        standard = found.add(quant, "standard", quant=quant, compensate=False)
+        for kind, options in (("compensated", {"quant": quant}), ("max-size", {"max_size": standard["bytes"]})):
+            ratios[f"{quant} {kind}"] = round(found.add(quant, kind, **options)["kld"] / standard["kld"], 3)
+    if max_kld:
+        ratios["max-kld"] = round(found.add(str(max_kld), "max-kld", max_kld=max_kld)["kld"] / max_kld, 3)
+    small, usual = found.find("Q4_0", "standard"), found.find("Q4_K_M", "standard")
+    if fast and small and usual:
+        wanted = fast / decode_seconds_per_token(Path(usual["file"]))
+        row = found.add(f"{fast}x", "min-speed", max_size=small["bytes"], min_speed=wanted)
+        add_speeds([usual, row])
+        ratios["min-speed decode"] = round(row["decode"] / usual["decode"], 3)
+        ratios["min-speed kld"] = round(row["kld"] / usual["kld"], 3)
+    return ratios
 
 
 def main() -> None:
@@ -87,24 +163,24 @@ def main() -> None:
     parser.add_argument("--quants", default="Q4_0,Q4_K_M,Q5_K_M")
     parser.add_argument("--effort", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="leave the files here")
+    parser.add_argument("--calibrate", choices=["same", SELF, "other"], default="same")
+    parser.add_argument("--max-kld", type=float)
+    parser.add_argument("--fast", type=float)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = options.keep or Path(name)
         folder.mkdir(exist_ok=True)
         model, texts = off_grid(options.model or resolve(None), folder), write_texts(folder)
-        rows = compare(model, texts, folder, options.quants.split(","), options.effort)
-    pairs = zip(rows[::2], rows[1::2], strict=True)
-    ratios = {plain["quant"]: round(better["kld"] / plain["kld"], 3) for plain, better in pairs}
-    print(
-        json.dumps(
-            {
-                "benchmark": "quality",
-                "model": str((options.model or resolve(None)).name),
-                "ratios": ratios,
-                "rows": rows,
-            }
-        )
-    )
+        calibration = {"same": texts["calibration"], SELF: SELF, "other": OTHER}[options.calibrate]
+        found = Comparison(model, folder, calibration, texts["test"], options.effort)
+        ratios = compare(found, options.quants.split(","), options.max_kld, options.fast)
+        source = (options.model or resolve(None)).name
+        if options.picture:
+            add_speeds(found.rows)
+            draw(found.rows, options.picture, f"{source}, calibrated on {options.calibrate} text")
+    rows = [{key: value for key, value in row.items() if key != "file"} for row in found.rows]
+    print(json.dumps({"benchmark": "quality", "model": source, "ratios": ratios, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from converters.receipt import Receipt
 from edgellm import __version__
 from edgellm.errors import OutputError
 from edgellm.gguf_header import read_header
-from edgellm.measure.words import quality_lines
+from edgellm.measure.words import budget_lines, quality_lines
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
+_LEFT, _TOP, _WIDE, _HIGH = 60, 10, 560, 240  # of the chart's field
 _COOL, _WARM = (226, 238, 250), (176, 24, 40)
 
 
@@ -91,6 +92,8 @@ def _page(receipt: Receipt, errors: Sequence[TensorError], weighed: bool, origin
         "figures": _figures(measured) if "kld" in measured else [],
         "text": receipt.quality.get("text"),
         "weighed": weighed,
+        "budget": budget_lines(receipt.budget),
+        "chart": _chart(receipt.budget) if receipt.budget else None,
         "heat": _heat(errors),
         "others": ", ".join(
             f"{e.name} {100 * e.rms:.2f} % ({e.type_name})" for e in errors if not e.name.startswith("blk.")
@@ -134,6 +137,31 @@ def _figures(measured: Mapping[str, Any]) -> list[dict[str, str]]:
         {"name": name, "value": f"{value:.4g}", "error": f"{error:.2g}", "words": words}
         for name, value, error, words in rows
     ]
+
+
+def _chart(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """Size against the logarithm of the KL divergence: what was expected of every size, and what became of this one."""
+    points = [(row["n_bytes"] / 1e6, row["kld"]) for row in budget["candidates"] if row["kld"] > 0]
+    chosen = budget["n_bytes"] / 1e6, max(budget["measured"], 1e-9)
+    sizes, klds = zip(*points, chosen, strict=True)
+    x_low, x_high = min(sizes), max(sizes) * 1.0001
+    y_low, y_high = np.floor(np.log10(min(klds))), np.ceil(np.log10(max(klds)) + 1e-9)
+
+    def place(size: float, kld: float) -> tuple[float, float]:
+        across = (size - x_low) / (x_high - x_low)
+        down = (y_high - np.log10(kld)) / (y_high - y_low)
+        return round(_LEFT + _WIDE * across, 1), round(_TOP + _HIGH * float(down), 1)
+
+    ticks = np.linspace(x_low, x_high, 5)
+    return {
+        "line": " ".join("{},{}".format(*place(*point)) for point in points),
+        "chosen": place(*chosen),
+        "across": [(place(size, 10**y_low)[0], f"{size:.{0 if x_high > 20 else 1}f}") for size in ticks],
+        "down": [(place(x_low, 10.0**y)[1], f"{10.0**y:g}") for y in range(int(y_low), int(y_high) + 1)],
+        "left": _LEFT,
+        "right": _LEFT + _WIDE,
+        "bottom": _TOP + _HIGH,
+    }
 
 
 def _heat(errors: Sequence[TensorError]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ CANDIDATES = (
 AUTO = "auto"
 _APART = 0.05  # of two choices' logarithms, for a power to be told from them
 _POWERS = 0.3, 3.0
+_NO_BETTER = 1.05  # times the least divergence: larger files aren't worth drawing
 _AUTO_KLD = 0.02  # some 93 of 100 next words stay the same; more bytes than that takes are hardly noticed
 
 
@@ -196,8 +197,10 @@ def explained(prospect: Prospect, choice: Mapping[str, Option], n: int = 5) -> l
 
 
 def curve(prospect: Prospect) -> list[dict[str, Any]]:
-    """Expected bytes and divergence of the best choices of every size, for a chart."""
-    return [
-        {"n_bytes": int(sums.n_bytes) + prospect.other_bytes, "kld": prospect.kld(sums.damage)}
-        for sums in frontier(prospect.options)
+    """Expected bytes and divergence of the best choices of every size that more bytes improve, for a chart."""
+    points = [
+        (int(sums.n_bytes) + prospect.other_bytes, prospect.kld(sums.damage)) for sums in frontier(prospect.options)
     ]
+    least = min(kld for _, kld in points)
+    n = next((k for k, (_, kld) in enumerate(points) if kld <= _NO_BETTER * least), len(points))
+    return [{"n_bytes": n_bytes, "kld": kld} for n_bytes, kld in points[: n + 1]]
