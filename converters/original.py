@@ -59,7 +59,7 @@ class Original:
         with ExitStack() as stack:
             writer = stack.enter_context(Writer(self._out, planned.architecture, metadata, planned.tensors))
             write_tensors(writer, planned, self._n_threads, self._on_progress)
-            path = writer.finish()
+            path = writer.finish(lasting=False)
             stack.enter_context(vouched(path))
             self._opened = stack.pop_all()  # never committed: leaving the writer removes the file
         return path
