@@ -33,6 +33,7 @@ EFFORTS = range(1, 6)
 DEFAULT_EFFORT = 3
 _VERSION = 1  # of the method: work of another one isn't resumed
 _CHUNKS_AT_1 = 8  # of 512 tokens; twice as many with each step of effort
+_FEW_TOKENS = 4096
 _INPUT_BYTES = 4_000_000_000  # of the unquantized model's inputs on disk at a time
 
 
@@ -110,6 +111,8 @@ def compensate(job: Job, planned: Plan, samples: Sequence[Sample] | None = None)
     n_done = sum(tensor.packed is not None for tensor in done)
     line = f"rounding errors of {n_done} tensors compensated on {np.size(tokens)} tokens of {Path(job.text).name}"
     notes = []
+    if np.size(tokens) < _FEW_TOKENS:
+        notes.append(f"{np.size(tokens)} tokens are few to calibrate on: other texts may suffer; give some thousands")
     if n_plain := work.n_plain():
         notes.append(f"{n_plain} experts saw too few tokens to be compensated; calibrate on more text, or other text")
     return Compensated(replace(planned, tensors=tuple(done)), line, tuple(notes), key)

@@ -68,7 +68,7 @@ def scratch(
     metadata, _ = metadata_of(inputs, planned)
     with Writer(out, planned.architecture, metadata, planned.tensors) as writer:
         write_tensors(writer, planned, n_threads, on_progress)
-        path = writer.finish()
+        path = writer.finish(lasting=False)
         with vouched(path):
             yield path  # never committed: leaving the writer removes the file
 

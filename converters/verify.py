@@ -13,12 +13,12 @@ from converters.tokenizers.corpus import sample_texts
 from converters.tokenizers.differences import known_difference
 from converters.tokenizers.pretokenizer import unicode_forms
 from converters.tokenizers.read import sentencepiece_file
-from converters.tokenizers.special import read_templates
+from converters.tokenizers.special import read_optional_json, read_templates
 from converters.tokenizers.tekken import read_tekken
 from converters.tokenizers.tokenizer_json import build_tokenizer_json
+from converters.tokenizers.vocabulary import SPECIAL_KEYS
 from edgellm.errors import CheckpointError, TokenizerError
 from edgellm.gguf_header import check_loadable
-from edgellm.measure.templates import same_prompts
 from edgellm.native.probe import probe
 
 Encode = Callable[[str], list[int]]
@@ -48,6 +48,7 @@ def verify(partial: Path, plan: Plan, metadata: Mapping[str, Any], folder: Path)
     if folder.is_dir():
         reference = reference_encoder(folder)
         checks += [_compare_ids(texts, seen.ids, reference, metadata)] if reference else []
+        check_special_tokens(folder, header.metadata)
         checks += filter(None, [check_template(folder, header.metadata)])
     return tuple(checks)
 
@@ -111,12 +112,34 @@ def _tokenizers_encoder(content: str) -> Encode:
 
 
 def check_template(folder: Path, metadata: Mapping[str, Any]) -> str:
-    """The receipt's line on the chat template, against the checkpoint's own; TokenizerError if it is lost."""
-    theirs, ours = read_templates(folder).get("default", ""), metadata.get("tokenizer.chat_template")
-    if not theirs.strip():
-        return ""
-    if ours is None:
-        raise TokenizerError("the chat template of the checkpoint didn't get into the file; please report this")
-    if not same_prompts(theirs, ours):
-        raise TokenizerError("the chat template in the file renders another prompt than the checkpoint's; report this")
-    return "chat template: renders the checkpoint's prompts"
+    """The receipt's line on the chat templates, against the checkpoint's own; TokenizerError where one isn't the same.
+
+    The texts are compared, so that what tools, system messages and dates make of them is the same too.
+    """
+    theirs = {name: text for name, text in read_templates(folder).items() if text.strip()}
+    for name, text in theirs.items():
+        key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+        if key not in metadata:
+            raise TokenizerError(f"the chat template of the checkpoint ({name}) didn't get into the file; report this")
+        if metadata[key] != text:
+            raise TokenizerError(
+                f"the chat template in the file ({name}) renders another prompt than the checkpoint's; report this"
+            )
+    named = f", and {len(theirs) - 1} more by name" if len(theirs) > 1 and "default" in theirs else ""
+    return f"chat template: renders the checkpoint's prompts{named}" if theirs else ""
+
+
+def check_special_tokens(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """TokenizerError where a begin, an end or another special token isn't the one that the checkpoint names."""
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    stated = read_optional_json(folder / "special_tokens_map.json") | read_optional_json(
+        folder / "tokenizer_config.json"
+    )
+    for name, key in SPECIAL_KEYS.items():
+        text = stated.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        if not isinstance(text, str) or text not in tokens:
+            continue
+        found = metadata.get(key)
+        if found is None or tokens[found] != text:
+            raise TokenizerError(f"the file's {name} token is {found}, the checkpoint's {text!r}; please report this")

@@ -148,14 +148,17 @@ class Writer:
         position = self._file.tell()
         self._file.write(bytes(padded(position) - position))
 
-    def finish(self) -> Path:
-        """All bytes on disk and the magic in place: the partial file can now be opened and checked."""
+    def finish(self, lasting: bool = True) -> Path:
+        """All bytes and the magic in place, on disk if it is to outlast this process: the partial file can now be
+        opened and checked.
+        """
         with _disk_errors(self.partial):
             self._pad()
             self._file.seek(0)
             self._file.write(_MAGIC)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if lasting:
+                os.fsync(self._file.fileno())
             self._file.close()
         return self.partial
 

@@ -45,8 +45,11 @@ def test_there_are_two_setup_commands_and_ci_runs_them() -> None:
         assert then in ci
 
 
+SLOW = [command for command in COMMANDS if "--max-size" in command]  # minutes of measuring
+
+
 # the order matters: later commands use what earlier ones made
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in SETUP])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in (*SETUP, *SLOW)])
 def test_command(command: str, folder: Path) -> None:
     done = shell(command, folder)
     assert done.returncode == 0, done.stderr
@@ -60,6 +63,19 @@ def test_command(command: str, folder: Path) -> None:
         base = done.stderr.partition("the base:")[2].partition("the fine-tune:")[0]
         assert len(base) > 20
         assert "{" not in base
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_slow_commands(tmp_path: Path) -> None:
+    needed = [command for command in COMMANDS if command.startswith("edgellm demo") or "work/text.txt" in command]
+    needed.insert(1, next(command for command in COMMANDS if "-o work/model.gguf" in command))
+    assert len(SLOW) == 1
+    for command in [command for command in needed if "--calibrate" not in command] + SLOW:
+        done = shell(command, tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "85,000,000 bytes: met with" in done.stdout
+    assert 0.97 * 85e6 < (tmp_path / "work" / "small.gguf").stat().st_size <= 85e6
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

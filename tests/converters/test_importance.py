@@ -162,6 +162,10 @@ def test_bad_files(folder: Path, collected: Importance, tmp_path: Path) -> None:
     other = Importance({"blk.0.ffn_up.weight": collected.entries["blk.0.ffn_down.weight"]}, "", 1, 1)
     write_importance(other, tmp_path / "other.gguf")
     refused(run("convert", model, "--imatrix", tmp_path / "other.gguf", "-o", tmp_path / "o.gguf"), 3, "another model")
+    strange = Importance({"blk.0.ffn_up_exps.weight": collected.entries["blk.0.ffn_up.weight"]}, "", 1, 1)
+    write_importance(strange, tmp_path / "strange.gguf")
+    ended = run("convert", model, "--imatrix", tmp_path / "strange.gguf", "-o", tmp_path / "o.gguf")
+    refused(ended, 3, "another model: it has blk.0.ffn_up_exps.weight")
     data = (tmp_path / "other.gguf").read_bytes()
     for end in range(0, len(data), 97):
         (tmp_path / "cut.gguf").write_bytes(data[:end])
@@ -173,7 +177,7 @@ def test_bad_files(folder: Path, collected: Importance, tmp_path: Path) -> None:
         (tmp_path / "cut.dat").write_bytes(data[:end])
         with pytest.raises(CheckpointError):
             read_importance(tmp_path / "cut.dat")
-    refused(run("convert", model, "--calibrate", tmp_path / "nothing", "-o", tmp_path / "o.gguf"), 1, "check the path")
+    refused(run("convert", model, "--calibrate", tmp_path / "nothing", "-o", tmp_path / "o.gguf"), 3, "check the path")
     both = run("convert", model, "--calibrate", "self", "--imatrix", tmp_path / "other.gguf", "-o", tmp_path / "o.gguf")
     assert both.code == 2
     assert not (tmp_path / "o.gguf").exists()

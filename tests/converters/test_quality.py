@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,35 @@ def swapped_gate_and_up(patch: pytest.MonkeyPatch) -> None:
 
 def dropped_template(patch: pytest.MonkeyPatch) -> None:
     entries(lambda metadata: {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"}, patch)
+
+
+NAMED = [
+    {"name": "default", "template": tiny.CHATML},
+    {"name": "tool_use", "template": "{{ tools|tojson }}" + tiny.CHATML},
+]
+_TEMPLATE, _EOS = "tokenizer.chat_template", "tokenizer.ggml.eos_token_id"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({f"{_TEMPLATE}.tool_use": tiny.CHATML}, "tool_use.* renders another prompt"),
+        ({f"{_TEMPLATE}.tool_use": None}, "tool_use.* didn't get into the file"),
+        ({_TEMPLATE: tiny.CHATML.replace("['role']", "['role']|replace('system', 'user')")}, "renders another prompt"),
+        ({_EOS: 7}, "eos token is 7, the checkpoint's '<|im_end|>'"),
+    ],
+)
+def test_what_only_some_dialogues_would_show(
+    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.make_model(tmp_path / "model", vocab_size=1000)
+    tiny.add_tokenizer(tmp_path / "model", chat_template=NAMED)
+    receipt = convert(tmp_path / "model", tmp_path / "good.gguf", quant="Q8_0")
+    assert "chat template: renders the checkpoint's prompts, and 1 more by name" in receipt.checks
+    entries(lambda metadata: {k: v for k, v in (metadata | changed).items() if v is not None}, monkeypatch)
+    with pytest.raises(CheckpointError, match=re.escape(said) if "|" in said else said):
+        convert(tmp_path / "model", tmp_path / "bad.gguf", quant="Q8_0", receipt="auto")
+    assert not list(tmp_path.glob("bad.gguf*"))
 
 
 def norm_off_by_one(patch: pytest.MonkeyPatch) -> None:
