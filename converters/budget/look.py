@@ -79,9 +79,10 @@ def look_ahead(
         _remember(place, found)
     options = {}
     for name, tensor in targets.items():
-        seconds = _seconds(tensor, planned, place.n_threads) if with_speed else {}
-        types = candidates_for(tensor.shape, _pin(name, pins))
-        errors = {t: found.errors[name].get(t, 0.0) for t in types}  # a pinned type that is no candidate is finer
+        errors = found.errors[name]
+        if any(pattern.search(name) for pattern, _ in pins):  # a type that is no candidate is finer than those
+            errors = {tensor.type_name: errors.get(tensor.type_name, 0.0)}
+        seconds = _seconds(tensor, planned, list(errors), place.n_threads) if with_speed else {}
         options[name] = options_of(tensor.shape, errors, found.sensitivity[name], seconds)
     overhead = _overhead(place, planned, targets) if with_speed else None
     return Prospect(options, groups, _other_bytes(place, planned, targets), found.floor, overhead=overhead)
@@ -143,10 +144,6 @@ def _is_open(tensor: PlannedTensor) -> bool:
     return is_matrix and tensor.type_name != "MXFP4" and tensor.shape[-1] % block_size(_COARSE) == 0
 
 
-def _pin(name: str, pins: Pins) -> str | None:
-    return next((type_name for pattern, type_name in pins if pattern.search(name)), None)
-
-
 def _sensitivities(
     place: Place,
     targets: Mapping[str, PlannedTensor],
@@ -179,14 +176,14 @@ def _coarse(weights: Array, importance: Array) -> Array:
     return unpacked(_COARSE, packed, weights.shape[1])
 
 
-def _seconds(tensor: PlannedTensor, planned: Plan, n_threads: int) -> dict[str, float]:
+def _seconds(tensor: PlannedTensor, planned: Plan, type_names: Sequence[str], n_threads: int) -> dict[str, float]:
     """Type → seconds that a token's decoding spends with this tensor."""
     if tensor.name == "token_embd.weight" and any(t.name == "output.weight" for t in planned.tensors):
         return {}  # one row of it is looked up
     used = int(planned.metadata.get(f"{planned.architecture}.expert_used_count", 1) or 1)
     return {
         name: decode_seconds({tensor.name: (name, tensor.shape)}, n_expert_used=used, n_threads=n_threads)
-        for name in candidates_for(tensor.shape)
+        for name in type_names
     }
 
 
