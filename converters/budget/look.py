@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from converters.quantize.recipes import may_be_quantized
 from converters.quantize.types import TYPE_IDS, block_size
 from converters.slices import block_count
 from converters.writer import header_bytes, padded
+from edgellm.errors import CheckpointError
 from edgellm.gguf_header import read_header
 from edgellm.measure.evaluate import evaluate
 from edgellm.measure.kernels import SpeedModel, decode_seconds
@@ -36,6 +37,7 @@ _COARSE = "Q4_0"  # what a group is rounded to when it is measured
 _FINE = "Q8_0"  # so fine that what is left is the floor
 _N_GRAM = 16  # samples
 _N_BENCH = 4
+_F16_MAX = 65504.0
 
 Pins = Sequence[tuple[re.Pattern[str], str]]
 
@@ -124,16 +126,16 @@ def _find_out(
         on_progress=place.on_progress,
     )
     sensitivity = _sensitivities(place, targets, groups, gram, sizes, tuning)
-    errors = {
-        name: expected_errors(
-            matrices(tensor, sizes),
+    errors = {}
+    for name, tensor in targets.items():
+        weights = matrices(tensor, sizes)
+        errors[name] = expected_errors(
+            weights,
             grams_of(gram, name),
-            candidates_for(tensor.shape),
+            [t for t in candidates_for(tensor.shape) if t != "F16" or np.abs(weights).max() <= _F16_MAX],
             HEAD_DAMPING if name == "token_embd.weight" else DAMPING,
             place.n_threads,
         )
-        for name, tensor in targets.items()
-    }
     fine = sum(sensitivity[name] * errors[name][_FINE] for name in targets)
     return Findings(sensitivity, errors, max(0.0, _kld_of(place, _FINE, tuning) - fine))
 
@@ -161,14 +163,29 @@ def _sensitivities(
         errors[name] = plain_error(weights, coarse, grams)
         return coarse
 
-    floats = plan_of(place.inputs, "F16")
-    with scratch(place.inputs, floats, place.folder / "bench", place.n_threads) as path:
+    with _unquantized(place) as path:
         klds = measured(Bench(path, tuning[:_N_BENCH]), groups, rounded, place.on_progress)
     found = {}
     for group, names in groups.items():
         total = sum(errors[name] for name in names)
         found.update(dict.fromkeys(names, klds[group] / total if total > 0 else 0.0))
     return found
+
+
+@contextmanager
+def _unquantized(place: Place) -> Iterator[Path]:
+    """A copy of the model whose weights may be changed, in F32 where they are beyond F16's range."""
+    with ExitStack() as opened:
+
+        def written(quant: str) -> Path:
+            planned = plan_of(place.inputs, quant)
+            return opened.enter_context(scratch(place.inputs, planned, place.folder / "bench", place.n_threads))
+
+        try:
+            path = written("F16")
+        except CheckpointError:
+            path = written("F32")
+        yield path
 
 
 def _coarse(weights: Array, importance: Array) -> Array:
