@@ -369,7 +369,9 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "said"), NONSENSE, ids=lambda value: " ".join(value) if value else "")
+@pytest.mark.parametrize(
+    ("arguments", "said"), NONSENSE, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_usage_errors(
     arguments: list[str], said: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
