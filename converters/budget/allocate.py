@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 Priced = Callable[[float], "NDArray[np.intp] | None"]  # a price → the choice at it
 
-_STEPS = 60  # of a bisection
+_STEPS = 36  # of a bisection, to a billionth of a price
+_SIZES = 20  # tried, to a millionth of the range
 _DEAREST = 1e12  # a price at which nothing but the priced thing counts
 _NEVER = 1e30  # bytes of an option that there isn't; finite, as its price may be 0
 
@@ -126,7 +127,7 @@ def _fewest_bytes(table: _Table, limits: Limits) -> NDArray[np.intp] | None:
     best = _least_damage(table, Limits(high, np.inf, limits.seconds))
     if best is None or not table.totals(best).within(limits):
         return None
-    for _ in range(_STEPS // 3):
+    for _ in range(_SIZES):
         middle = (low + high) / 2
         found = _least_damage(table, Limits(middle, np.inf, limits.seconds))
         if found is not None and table.totals(found).within(limits):

@@ -145,10 +145,8 @@ def _nearest(prospect: Prospect, budget: Budget) -> str:
     )
 
 
-def candidates_for(shape: tuple[int, ...], pinned: str | None = None) -> list[str]:
-    """The types a tensor of this shape can have; only the pinned one where there is one."""
-    if pinned is not None:
-        return [pinned]
+def candidates_for(shape: tuple[int, ...]) -> list[str]:
+    """The types a tensor of this shape can have."""
     return [name for name in CANDIDATES if shape[-1] % block_size(name) == 0]
 
 
@@ -189,11 +187,15 @@ def explained(prospect: Prospect, choice: Mapping[str, Option], n: int = 5) -> l
         )
     all_saved = sum(max(0.0, saved) for _, saved, _, _ in rows) or 1.0
     return [
-        f"{more / 1e6:.1f} MB went to {group} ({', '.join(types)}) because that saves {saved:.4f} of KL divergence, "
+        f"{_amount(more)} went to {group} ({', '.join(types)}) because that saves {saved:.4f} of KL divergence, "
         f"{100 * saved / all_saved:.0f} % of all that bytes save"
         for more, saved, group, types in sorted(rows, key=lambda row: -row[0])[:n]
         if more > 0
     ]
+
+
+def _amount(n_bytes: float) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def curve(prospect: Prospect) -> list[dict[str, Any]]:

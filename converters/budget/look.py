@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from converters.quantize.recipes import may_be_quantized
 from converters.quantize.types import TYPE_IDS, block_size
 from converters.slices import block_count
 from converters.writer import header_bytes, padded
+from edgellm.errors import CheckpointError
 from edgellm.gguf_header import read_header
 from edgellm.measure.evaluate import evaluate
 from edgellm.measure.kernels import SpeedModel, decode_seconds
@@ -36,6 +37,7 @@ _COARSE = "Q4_0"  # what a group is rounded to when it is measured
 _FINE = "Q8_0"  # so fine that what is left is the floor
 _N_GRAM = 16  # samples
 _N_BENCH = 4
+_F16_MAX = 65504.0
 
 Pins = Sequence[tuple[re.Pattern[str], str]]
 
@@ -79,9 +81,10 @@ def look_ahead(
         _remember(place, found)
     options = {}
     for name, tensor in targets.items():
-        seconds = _seconds(tensor, planned, place.n_threads) if with_speed else {}
-        types = candidates_for(tensor.shape, _pin(name, pins))
-        errors = {t: found.errors[name].get(t, 0.0) for t in types}  # a pinned type that is no candidate is finer
+        errors = found.errors[name]
+        if any(pattern.search(name) for pattern, _ in pins):  # a type that is no candidate is finer than those
+            errors = {tensor.type_name: errors.get(tensor.type_name, 0.0)}
+        seconds = _seconds(tensor, planned, list(errors), place.n_threads) if with_speed else {}
         options[name] = options_of(tensor.shape, errors, found.sensitivity[name], seconds)
     overhead = _overhead(place, planned, targets) if with_speed else None
     return Prospect(options, groups, _other_bytes(place, planned, targets), found.floor, overhead=overhead)
@@ -123,16 +126,16 @@ def _find_out(
         on_progress=place.on_progress,
     )
     sensitivity = _sensitivities(place, targets, groups, gram, sizes, tuning)
-    errors = {
-        name: expected_errors(
-            matrices(tensor, sizes),
+    errors = {}
+    for name, tensor in targets.items():
+        weights = matrices(tensor, sizes)
+        errors[name] = expected_errors(
+            weights,
             grams_of(gram, name),
-            candidates_for(tensor.shape),
+            [t for t in candidates_for(tensor.shape) if t != "F16" or np.abs(weights).max() <= _F16_MAX],
             HEAD_DAMPING if name == "token_embd.weight" else DAMPING,
             place.n_threads,
         )
-        for name, tensor in targets.items()
-    }
     fine = sum(sensitivity[name] * errors[name][_FINE] for name in targets)
     return Findings(sensitivity, errors, max(0.0, _kld_of(place, _FINE, tuning) - fine))
 
@@ -141,10 +144,6 @@ def _is_open(tensor: PlannedTensor) -> bool:
     """Whether a budget may choose the type."""
     is_matrix = tensor.computed is None and may_be_quantized(tensor.name, tensor.shape)
     return is_matrix and tensor.type_name != "MXFP4" and tensor.shape[-1] % block_size(_COARSE) == 0
-
-
-def _pin(name: str, pins: Pins) -> str | None:
-    return next((type_name for pattern, type_name in pins if pattern.search(name)), None)
 
 
 def _sensitivities(
@@ -164,8 +163,7 @@ def _sensitivities(
         errors[name] = plain_error(weights, coarse, grams)
         return coarse
 
-    floats = plan_of(place.inputs, "F16")
-    with scratch(place.inputs, floats, place.folder / "bench", place.n_threads) as path:
+    with _unquantized(place) as path:
         klds = measured(Bench(path, tuning[:_N_BENCH]), groups, rounded, place.on_progress)
     found = {}
     for group, names in groups.items():
@@ -174,19 +172,35 @@ def _sensitivities(
     return found
 
 
+@contextmanager
+def _unquantized(place: Place) -> Iterator[Path]:
+    """A copy of the model whose weights may be changed, in F32 where they are beyond F16's range."""
+    with ExitStack() as opened:
+
+        def written(quant: str) -> Path:
+            planned = plan_of(place.inputs, quant)
+            return opened.enter_context(scratch(place.inputs, planned, place.folder / "bench", place.n_threads))
+
+        try:
+            path = written("F16")
+        except CheckpointError:
+            path = written("F32")
+        yield path
+
+
 def _coarse(weights: Array, importance: Array) -> Array:
     packed = quantize_rows(weights, TYPE_IDS[_COARSE], importance=importance)
     return unpacked(_COARSE, packed, weights.shape[1])
 
 
-def _seconds(tensor: PlannedTensor, planned: Plan, n_threads: int) -> dict[str, float]:
+def _seconds(tensor: PlannedTensor, planned: Plan, type_names: Sequence[str], n_threads: int) -> dict[str, float]:
     """Type → seconds that a token's decoding spends with this tensor."""
     if tensor.name == "token_embd.weight" and any(t.name == "output.weight" for t in planned.tensors):
         return {}  # one row of it is looked up
     used = int(planned.metadata.get(f"{planned.architecture}.expert_used_count", 1) or 1)
     return {
         name: decode_seconds({tensor.name: (name, tensor.shape)}, n_expert_used=used, n_threads=n_threads)
-        for name in candidates_for(tensor.shape)
+        for name in type_names
     }
 
 

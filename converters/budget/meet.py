@@ -93,60 +93,103 @@ def meet(job: Job, wish: Wish, planned: Plan) -> tuple[Compensated, Met]:
         )
         pins = [(re.compile(pattern), type_name.upper()) for pattern, type_name in wish.pins]
         prospect = look_ahead(place, planned, pins, training, tuning, wish.budget.min_speed is not None)
-        prospect, speed = _checked_speed(job, wish, prospect, folder)
-        return _attempts(job, wish, prospect, speed, training, tuning, folder)
+        prospect, speed = _checked_speed(job, wish, planned, prospect, folder)
+        return _attempts(job, wish, planned, prospect, speed, training, tuning, folder)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A choice carried out: kld is what it measures on n_tokens, expected what it should have."""
+
+    choice: Mapping[str, Option]
+    made: Compensated
+    expected: float
+    kld: float
+    n_tokens: int
+    n_bytes: int
 
 
 def _attempts(
     job: Job,
     wish: Wish,
+    planned: Plan,
     prospect: Prospect,
     speed: float | None,
     training: Sequence[Sample],
     tuning: Sequence[Sample],
     folder: Path,
 ) -> tuple[Compensated, Met]:
-    limit = wish.budget.max_kld
+    limit, last, good = wish.budget.max_kld, None, None
     seen: list[tuple[float, float]] = []  # (damage, measured divergence) of the attempts
-    for attempt in range(1, _ATTEMPTS + 1):
-        choice = choose(prospect, wish.budget, _AIM)
-        planned = _plan(job, wish, choice)
-        made = compensate(job, planned, training) if wish.compensates else Compensated(planned)
-        with scratch(job.inputs, made.planned, folder / "trial", job.n_threads) as path:
-            found = evaluate(path, tuning, reference=job.original.path, keep=folder / "kept")
-            n_bytes = path.stat().st_size
-        assert found.divergence is not None
-        kld, damage = found.divergence.kld_mean.value, totals(choice).damage
-        expected = prospect.kld(damage)
-        if limit is None or (kld <= limit and (kld >= _TOO_GOOD * limit or attempt == _ATTEMPTS)):
+    while len(seen) < _ATTEMPTS:
+        try:
+            choice = choose(prospect, wish.budget, _AIM)
+        except BudgetError:
+            if good is None:
+                raise
             break
-        seen.append((damage, kld))
+        if last is not None and choice == last.choice:
+            break  # nothing else is any nearer
+        last = _try(job, wish, planned, prospect, choice, training, tuning, folder)
+        seen.append((totals(choice).damage, last.kld))
         prospect = prospect.corrected(seen)
-    else:
+        if (limit is None or last.kld <= limit) and (good is None or last.n_bytes < good.n_bytes):
+            good = last
+        if limit is None or _TOO_GOOD * limit <= last.kld <= limit:
+            break
+    if good is None:
+        assert last is not None
         raise BudgetError(
-            f"{wish.budget.words()} was not met: the nearest after {_ATTEMPTS} attempts has {n_bytes:,} bytes and a KL "
-            f"divergence of {kld:.4f}; allow that much, or calibrate with more effort"
+            f"{wish.budget.words()} was not met: the nearest after {len(seen)} attempts has {last.n_bytes:,} bytes and "
+            f"a KL divergence of {last.kld:.4f}; allow that much, or calibrate with more effort"
         )
-    reasons, candidates = tuple(explained(prospect, choice)), tuple(curve(prospect.corrected([*seen, (damage, kld)])))
-    return made, Met(
-        wish.budget.words(), expected, kld, found.n_tokens, n_bytes, attempt, speed, reasons, candidates
-    )  # fmt: skip
+    if good is not last:  # whose bytes have taken the place of these
+        made = _try(job, wish, planned, prospect, good.choice, training, tuning, folder).made
+        good = replace(good, made=made)
+    reasons, candidates = tuple(explained(prospect, good.choice)), tuple(curve(prospect))
+    asked, n_attempts = wish.budget.words(), len(seen)
+    return good.made, Met(
+        asked, good.expected, good.kld, good.n_tokens, good.n_bytes, n_attempts, speed, reasons, candidates
+    )
 
 
-def _plan(job: Job, wish: Wish, choice: Mapping[str, Option]) -> Plan:
-    """With just these types, and the pinned ones."""
+def _try(
+    job: Job,
+    wish: Wish,
+    planned: Plan,
+    prospect: Prospect,
+    choice: Mapping[str, Option],
+    training: Sequence[Sample],
+    tuning: Sequence[Sample],
+    folder: Path,
+) -> _Trial:
+    chosen, sums = _plan(job, wish, planned, choice), totals(choice)
+    made = compensate(job, chosen, training) if wish.compensates else Compensated(chosen)
+    with scratch(job.inputs, made.planned, folder / "trial", job.n_threads) as path:
+        found = evaluate(path, tuning, reference=job.original.path, keep=folder / "kept")
+    assert found.divergence is not None
+    n_bytes = int(sums.n_bytes) + prospect.other_bytes  # the trial has no receipt in it
+    kld = found.divergence.kld_mean.value
+    return _Trial(choice, made, prospect.kld(sums.damage), kld, found.n_tokens, n_bytes)
+
+
+def _plan(job: Job, wish: Wish, planned: Plan, choice: Mapping[str, Option]) -> Plan:
+    """With just these types, and the pinned ones; tensors that nothing is chosen for stay what was planned for them."""
     chosen = [(f"^{re.escape(name)}$", option.type_name) for name, option in choice.items()]
-    return plan_of(job.inputs, file_type_of(choice), [*wish.pins, *chosen], wish.importance)
+    made = plan_of(job.inputs, planned.file_type, [*wish.pins, *chosen], wish.importance)
+    return replace(made, file_type=file_type_of(choice))
 
 
-def _checked_speed(job: Job, wish: Wish, prospect: Prospect, folder: Path) -> tuple[Prospect, float | None]:
+def _checked_speed(
+    job: Job, wish: Wish, planned: Plan, prospect: Prospect, folder: Path
+) -> tuple[Prospect, float | None]:
     """What the kernels' times promise is measured on a file with the chosen types, and what was left out is added."""
     wanted, speed = wish.budget.min_speed, None
     if wanted is None:
         return prospect, None
     for _ in range(_ATTEMPTS):
         choice = choose(prospect, replace(wish.budget, max_kld=None))
-        with scratch(job.inputs, _plan(job, wish, choice), folder / "timed", job.n_threads) as path:
+        with scratch(job.inputs, _plan(job, wish, planned, choice), folder / "timed", job.n_threads) as path:
             seconds = decode_seconds_per_token(path, n_threads=job.n_threads)
         speed = 1 / seconds
         if speed >= wanted:

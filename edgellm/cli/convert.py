@@ -64,7 +64,11 @@ def convert(
             _export_adapter(source, merged, out, rank, force, as_json)
             return
         recipe = {"types": overrides, "adapters": merged}
-        budget = {"max_size": n_bytes(max_size) if max_size else None, "max_kld": max_kld, "min_speed": min_speed}
+        budget = {
+            "max_size": n_bytes(max_size) if max_size is not None else None,
+            "max_kld": max_kld,
+            "min_speed": min_speed,
+        }
         label = "budget" if any(value is not None for value in budget.values()) else (quant or DEFAULT_QUANT).upper()
         if dry_run:
             if label in ("budget", "AUTO"):
