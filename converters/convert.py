@@ -97,6 +97,10 @@ def convert(
     inputs = open_inputs(source, adapters, pre, merge_base)
     budget = budget_of(quant, max_size, max_kld, min_speed)
     planned = plan_of(inputs, _SMALL if budget else quant or DEFAULT_QUANT, types)
+    if budget and imatrix is not None:
+        raise ValueError(
+            "a budget collects its own statistics: give a text (calibrate) instead of an importance matrix"
+        )
     if budget and calibrate is None:
         calibrate = SELF
     if calibrate is not None and imatrix is not None:

@@ -61,11 +61,11 @@ def totals(choice: Choice) -> Totals:
 
 
 def allocate(options: Mapping[str, Sequence[Option]], limits: Limits) -> dict[str, Option] | None:
-    """An option for every tensor: the least damage within the limits; if only damage (and time) is limited, the fewest
-    bytes within them. None where nothing fits.
+    """An option for every tensor: the least damage within the limits; where damage is limited, the fewest bytes within
+    them. None where nothing fits.
     """
     table = _Table(options)
-    wanted = _fewest_bytes(table, limits) if np.isinf(limits.n_bytes) and np.isfinite(limits.damage) else None
+    wanted = _fewest_bytes(table, limits) if np.isfinite(limits.damage) else None
     if wanted is None:
         wanted = _least_damage(table, limits)
     if wanted is None or not table.totals(wanted).within(limits):
@@ -123,7 +123,7 @@ def _least_damage(table: _Table, limits: Limits) -> NDArray[np.intp] | None:
 def _fewest_bytes(table: _Table, limits: Limits) -> NDArray[np.intp] | None:
     """Like the least damage within a size, for the smallest size at which that is little enough."""
     low = float(table.n_bytes.min(axis=1).sum())
-    high = float(np.where(table.n_bytes == _NEVER, 0, table.n_bytes).max(axis=1).sum())
+    high = min(limits.n_bytes, float(np.where(table.n_bytes == _NEVER, 0, table.n_bytes).max(axis=1).sum()))
     best = _least_damage(table, Limits(high, np.inf, limits.seconds))
     if best is None or not table.totals(best).within(limits):
         return None

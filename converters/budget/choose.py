@@ -29,11 +29,15 @@ _AUTO_KLD = 0.02  # some 93 of 100 next words stay the same; more bytes than tha
 
 @dataclass(frozen=True)
 class Budget:
-    """At most max_size bytes of file and a KL divergence of max_kld nats, at least min_speed tokens a second."""
+    """At most max_size bytes of file and a KL divergence of max_kld nats, at least min_speed tokens a second.
+
+    is_soft: where max_kld can't be met within the others, the nearest will do.
+    """
 
     max_size: int | None = None
     max_kld: float | None = None
     min_speed: float | None = None
+    is_soft: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("max_size", self.max_size), ("max_kld", self.max_kld), ("min_speed", self.min_speed)):
@@ -49,7 +53,7 @@ class Budget:
             text
             for text, value in (
                 (f"at most {self.max_size or 0:,} bytes", self.max_size),
-                (f"a KL divergence of at most {self.max_kld}", self.max_kld),
+                (f"a KL divergence of at most {self.max_kld}{' if it fits' if self.is_soft else ''}", self.max_kld),
                 (f"at least {self.min_speed} tokens per second", self.min_speed),
             )
             if value is not None
@@ -65,7 +69,8 @@ def budget_of(quant: str | None, max_size: int | None, max_kld: float | None, mi
     if not is_auto:
         return budget
     room = total_memory() // 2  # the rest is for the conversation's KV cache, the system and other programs
-    return replace(budget, max_size=min(room, max_size or room), max_kld=max_kld or _AUTO_KLD)
+    n_bytes = min(room, max_size or room)
+    return replace(budget, max_size=n_bytes, max_kld=max_kld or _AUTO_KLD, is_soft=max_kld is None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,8 @@ def choose(prospect: Prospect, budget: Budget, aim: float = 1.0) -> dict[str, Op
     """
     within = replace(budget, max_kld=aim * budget.max_kld) if budget.max_kld is not None else budget
     found = allocate(prospect.options, prospect.limits(within)) or allocate(prospect.options, prospect.limits(budget))
+    if found is None and budget.is_soft:
+        found = allocate(prospect.options, prospect.limits(replace(budget, max_kld=None)))
     if found is None:
         raise BudgetError(_nearest(prospect, budget))
     return found

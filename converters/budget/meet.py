@@ -119,7 +119,7 @@ def _attempts(
     tuning: Sequence[Sample],
     folder: Path,
 ) -> tuple[Compensated, Met]:
-    limit, last, good = wish.budget.max_kld, None, None
+    limit, last, good = None if wish.budget.is_soft else wish.budget.max_kld, None, None
     seen: list[tuple[float, float]] = []  # (damage, measured divergence) of the attempts
     while len(seen) < _ATTEMPTS:
         try:

@@ -117,10 +117,8 @@ def test_limits_together(seed: int) -> None:
                 n_none += not fits.any()
             else:
                 n_found += 1
-                if np.isinf(some.n_bytes):
-                    assert found.n_bytes <= 1.2 * brute.n_bytes[fits].min()
-                elif easily.any():
-                    assert found.damage <= 2 * brute.damage[easily].min()
+                if easily.any():  # damage is limited: the smaller the better
+                    assert found.n_bytes <= 1.2 * brute.n_bytes[easily].min()
     assert n_found > 3
     assert n_none > 3
 

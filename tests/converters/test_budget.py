@@ -336,7 +336,7 @@ def test_auto_and_the_receipt(root: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_auto_takes_at_most_half_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "total_memory", lambda: 1_000_000)
-    assert budget_of("auto", None, None, None) == Budget(500_000, 0.02)
+    assert budget_of("auto", None, None, None) == Budget(500_000, 0.02, is_soft=True)
     assert budget_of("AUTO", 400_000, 0.1, 5.0) == Budget(400_000, 0.1, 5.0)
     assert budget_of("auto", 600_000, None, None).max_size == 500_000
     assert not budget_of("Q4_0", None, None, None)
