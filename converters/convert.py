@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converters.budget.choose import budget_of
+from converters.budget.choose import Budget, budget_of
 from converters.budget.meet import Met, Wish, meet
 from converters.calibrate import calibrate as collect
 from converters.calibrate import keep_gram, save_importance
@@ -97,42 +97,50 @@ def convert(
     inputs = open_inputs(source, adapters, pre, merge_base)
     budget = budget_of(quant, max_size, max_kld, min_speed)
     planned = plan_of(inputs, _SMALL if budget else quant or DEFAULT_QUANT, types)
-    if budget and imatrix is not None:
-        raise ValueError(
-            "a budget collects its own statistics: give a text (calibrate) instead of an importance matrix"
-        )
-    if budget and calibrate is None:
-        calibrate = SELF
-    if calibrate is not None and imatrix is not None:
-        raise ValueError("an importance matrix is either collected (calibrate) or read (imatrix)")
-    if calibrate is None and (save_imatrix is not None or save_gram is not None):
-        raise ValueError("there are no statistics to save without a text to collect them on (calibrate)")
-    if compensate and calibrate is None:
-        raise ValueError("rounding errors are compensated on a text; give one (calibrate)")
+    text = _text(budget, calibrate, imatrix, save_imatrix is not None or save_gram is not None, compensate)
     check_output(Path(out), planned.n_bytes, force)
     with workplace(Path(out), resume), closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
         decision = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out))
-        weighed = _importance(inputs, original, calibrate, imatrix, n_threads, on_progress)
+        weighed = _importance(inputs, original, text, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
             check_names(weighed.matrix, {tensor.name for tensor in planned.tensors})
             planned = plan_of(inputs, planned.file_type, types, weighed.matrix)
             if save_imatrix is not None:
                 save_importance(weighed.matrix, Path(save_imatrix))
-        if save_gram is not None and calibrate is not None:
-            keep_gram(inputs, original, calibrate, Path(save_gram), memory, n_threads, on_progress)
+        if save_gram is not None and text is not None:
+            keep_gram(inputs, original, text, Path(save_gram), memory, n_threads, on_progress)
         made, met = Compensated(planned), None
-        compensates = calibrate is not None and compensate is not False
-        if calibrate is not None and (budget or compensates):
-            text_job = Job(
-                inputs, original, calibrate, Path(out), effort, memory, resume, n_threads, on_progress
-            )  # fmt: skip
-            if budget:
-                more = dict(weighed.metadata) | (blank_entries() if decision.level != "off" else {})
-                made, met = meet(text_job, Wish(budget, types, weighed.matrix, compensates, more), planned)
-            else:
-                made = compensated(text_job, planned)
+        if text is not None:
+            more = dict(weighed.metadata) | (blank_entries() if decision.level != "off" else {})
+            wish = Wish(budget, types, weighed.matrix, compensate is not False, more)
+            task = Job(inputs, original, text, Path(out), effort, memory, resume, n_threads, on_progress)
+            made, met = _quantized(task, wish, planned)
         job = _Job(inputs, made, original, weighed, Path(out), decision, receipt == "full", receipt_text, report, met)
         return _write(job, started, resume, n_threads, on_progress)
+
+
+def _text(
+    budget: Budget, calibrate: str | Path | None, imatrix: str | Path | None, saves: bool, compensate: bool | None
+) -> str | Path | None:
+    """The text that statistics are collected on; ValueError for what doesn't go together."""
+    if budget and imatrix is not None:
+        raise ValueError("a budget collects its own statistics: give a text (calibrate), not an importance matrix")
+    if budget and calibrate is None:
+        return SELF
+    if calibrate is not None and imatrix is not None:
+        raise ValueError("an importance matrix is either collected (calibrate) or read (imatrix)")
+    if calibrate is None and saves:
+        raise ValueError("there are no statistics to save without a text to collect them on (calibrate)")
+    if compensate and calibrate is None:
+        raise ValueError("rounding errors are compensated on a text; give one (calibrate)")
+    return calibrate
+
+
+def _quantized(task: Job, wish: Wish, planned: Plan) -> tuple[Compensated, Met | None]:
+    """What a text makes of the plan, by a budget if there is one."""
+    if wish.budget:
+        return meet(task, wish, planned)
+    return compensated(task, planned) if wish.compensates else Compensated(planned), None
 
 
 @dataclass(frozen=True)
