@@ -18,9 +18,8 @@ from converters.layerwise import Layerwise, compensate_model, head_name
 from converters.original import Original
 from converters.plan import Plan, PlannedTensor
 from converters.prepare import Inputs
-from converters.produce import load
+from converters.produce import load_whole
 from converters.quantize.compensate import can_compensate
-from converters.quantize.grids import Array
 from converters.quantize.recipes import layer_of
 from converters.slices import block_count, stands_alone
 from converters.writer import RESUMABLE
@@ -31,7 +30,7 @@ from edgellm.measure.scoring import OnProgress, Sample
 
 EFFORTS = range(1, 6)
 DEFAULT_EFFORT = 3
-_VERSION = 1  # of the method: work of another one isn't resumed
+_VERSION = 2  # of the method: work of another one isn't resumed
 _CHUNKS_AT_1 = 8  # of 512 tokens; twice as many with each step of effort
 _FEW_TOKENS = 4096
 _INPUT_BYTES = 4_000_000_000  # of the unquantized model's inputs on disk at a time
@@ -94,7 +93,9 @@ def compensate(job: Job, planned: Plan, samples: Sequence[Sample] | None = None)
     key = hashlib.sha256(key.encode()).hexdigest()
     try:
         _open(folder, key, job.resume)
-        work = Layerwise(header, targets, lambda tensor: _weights(tensor, planned), folder, n_threads=job.n_threads)
+        work = Layerwise(
+            header, targets, lambda tensor: load_whole(tensor, planned.sizes), folder, n_threads=job.n_threads
+        )
         work.max_width = max(256, min(work.max_width, math.isqrt(job.memory // 80) // 256 * 256))
         work.from_start = not stands_alone(header, tokens[0], folder, job.n_threads)
         if work.from_start:
@@ -136,11 +137,6 @@ def workplace(out: Path, resume: bool) -> Iterator[None]:
 def _is_target(tensor: PlannedTensor, head: str) -> bool:
     has_inputs = layer_of(tensor.name) >= 0 or tensor.name == head
     return has_inputs and tensor.computed is None and can_compensate(tensor.type_name)
-
-
-def _weights(tensor: PlannedTensor, planned: Plan) -> Array:
-    parts = [load(tensor, k, planned.sizes) for k in range(len(tensor.sources))]
-    return (parts[0] if len(parts) == 1 else np.stack(parts)).reshape(tensor.shape)
 
 
 def _tokens(samples: Sequence[Sample], effort: int, header: GGUFHeader, memory: int) -> list[list[int]]:

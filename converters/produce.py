@@ -72,6 +72,12 @@ def load(tensor: PlannedTensor, k: int, sizes: Sizes) -> Array:
     return weights
 
 
+def load_whole(tensor: PlannedTensor, sizes: Sizes) -> Array:
+    """All sources together, float32 of the tensor's shape."""
+    parts = [load(tensor, k, sizes) for k in range(len(tensor.sources))]
+    return (parts[0] if len(parts) == 1 else np.stack(parts)).reshape(tensor.shape)
+
+
 def _check_finite(name: str, type_name: str, weights: Array) -> None:
     low, high = float(weights.min()), float(weights.max())  # NaN wins in both: no array of flags is needed
     if not (np.isfinite(low) and np.isfinite(high)):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from converters.plan import PlannedTensor
-from converters.produce import load
+from converters.produce import load_whole
 from converters.quantize.compensate import DAMPING, error_of, spread_costs, unpacked
 from converters.quantize.gram import Gram
 from converters.quantize.grids import Array
@@ -20,9 +20,7 @@ _N_EXPERTS = 4
 
 def matrices(tensor: PlannedTensor, sizes: dict[str, int]) -> Array:
     """A tensor's weights, float32 (matrices, rows, columns); one matrix, or one an expert."""
-    parts = [load(tensor, k, sizes) for k in range(len(tensor.sources))]
-    weights = parts[0] if len(parts) == 1 else np.stack(parts)
-    return weights.reshape(-1, *tensor.shape[-2:])
+    return load_whole(tensor, sizes).reshape(-1, *tensor.shape[-2:])
 
 
 def expected_errors(
