@@ -1,9 +1,10 @@
 """What calibrating is worth: files of llama.cpp's own recipes with its importance matrix, and ours of the same bytes.
 
-    python benchmarks/quality.py [--model MODEL.gguf] [--quants Q4_0,Q4_K_M,Q5_K_M] [--effort 3] [--keep FOLDER]
-        [--calibrate self|other] [--max-kld 0.05] [--fast 1.15] [--picture docs/quality.png]
+    python benchmarks/quality.py [--model MODEL.gguf|CHECKPOINT] [--quants Q4_0,Q4_K_M,Q5_K_M] [--effort 3]
+        [--keep FOLDER] [--calibrate self|other] [--max-kld 0.05] [--fast 1.15]
+        [--also Q3_K_M,Q6_K] [--picture docs/quality.png]
 
-The model's weights are moved off the grid they were quantized to: uniform noise of half a step, seed 0. Calibrated on
+A GGUF's weights are moved off the grid they were quantized to: uniform noise of half a step, seed 0. Calibrated on
 one third of the Python documentation's topics (or on text the model writes, or on the licence), measured on another
 third. For each recipe: llama.cpp's file, the same types compensated, and a file of our own types of no more bytes.
 --max-kld also asks for that divergence; --fast for so many times the decoding speed of Q4_K_M at Q4_0's bytes.
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--effort", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="leave the files here")
     parser.add_argument("--calibrate", choices=["same", SELF, "other"], default="same")
+    parser.add_argument("--also", default="", help="recipes to show without ours beside them, for the picture")
     parser.add_argument("--max-kld", type=float)
     parser.add_argument("--fast", type=float)
     parser.add_argument("--picture", type=Path)
@@ -171,11 +173,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = options.keep or Path(name)
         folder.mkdir(exist_ok=True)
-        model, texts = off_grid(options.model or resolve(None), folder), write_texts(folder)
+        named = options.model or resolve(None)
+        model, texts = named if named.is_dir() else off_grid(named, folder), write_texts(folder)
         calibration = {"same": texts["calibration"], SELF: SELF, "other": OTHER}[options.calibrate]
         found = Comparison(model, folder, calibration, texts["test"], options.effort)
         ratios = compare(found, options.quants.split(","), options.max_kld, options.fast)
-        source = (options.model or resolve(None)).name
+        for quant in filter(None, options.also.split(",")):
+            found.add(quant, "standard", quant=quant, compensate=False)
+        source = named.name
         if options.picture:
             add_speeds(found.rows)
             draw(found.rows, options.picture, f"{source}, calibrated on {options.calibrate} text")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,14 +29,20 @@ def calibrate(
     original: Original,
     text: str | Path,
     *,
+    n_chunks: int | None = None,
     n_threads: int = 0,
     on_progress: OnProgress | None = None,
 ) -> tuple[Importance, bool]:
-    """The importance of the original's columns on a text ("self": one that it writes), and whether it was cached."""
+    """The importance of the original's columns on a text ("self": one that it writes), and whether it was cached.
+
+    n_chunks: at most so many pieces from all over the text.
+    """
     path = cache_path(inputs, text)
+    if n_chunks is not None:
+        path = path.with_suffix(f".{n_chunks}.gguf")
     with suppress(CheckpointError):
         return read_importance(path), True
-    samples = calibration_samples(original, text, on_progress)
+    samples = spread(calibration_samples(original, text, on_progress), n_chunks)
     importance = collect_importance(
         original.path, samples, Path(text).name, n_threads=n_threads, on_progress=on_progress
     )
@@ -100,6 +107,12 @@ def calibration_samples(original: Original, text: str | Path, on_progress: OnPro
         found = read_samples(text, original.path, n_ctx=_N_CTX, n_chunks=n_chunks, on_progress=on_progress)
         original.samples[str(text)] = found
     return original.samples[str(text)]
+
+
+def spread(samples: Sequence[Sample], n: int | None) -> Sequence[Sample]:
+    """At most n of them, from all over the text."""
+    n = len(samples) if n is None else min(n, len(samples))
+    return [samples[i * len(samples) // n] for i in range(n)]
 
 
 def save_importance(importance: Importance, path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.calibrate import calibration_samples, statistics_key
+from converters.calibrate import calibration_samples, spread, statistics_key
 from converters.layerwise import Layerwise, compensate_model, head_name
 from converters.original import Original
 from converters.plan import Plan, PlannedTensor
@@ -142,12 +142,12 @@ def _is_target(tensor: PlannedTensor, head: str) -> bool:
 def _tokens(samples: Sequence[Sample], effort: int, header: GGUFHeader, memory: int) -> list[list[int]]:
     """Equally long samples from all over the text, as many as the effort asks and the memory holds."""
     length = max(len(sample.tokens) for sample in samples)
-    whole = [sample.tokens for sample in samples if len(sample.tokens) == length]
+    whole = [sample for sample in samples if len(sample.tokens) == length]
     widest = max(info.shape[-1] for name, info in header.tensors.items() if layer_of(name) >= 0)
     n_embd = header.tensors["token_embd.weight"].shape[-1]
     per_token = 4 * (3 * widest + 8 * n_embd)  # of the graph's states, roughly
     n = min(len(whole), _CHUNKS_AT_1 << (effort - 1), 256, max(1, memory // 2 // (per_token * length)))
-    return [whole[i * len(whole) // n] for i in range(n)]
+    return [sample.tokens for sample in spread(whole, n)]
 
 
 def _open(folder: Path, key: str, resume: bool) -> None:

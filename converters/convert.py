@@ -33,6 +33,7 @@ from edgellm.measure.texts import SELF
 
 DEFAULT_QUANT = "Q4_K_M"
 DEFAULT_RECEIPT = "auto"
+_CHUNKS_IF_COMPENSATED = 16  # of 512 tokens: an importance matrix then matters only where nothing is compensated
 _SMALL = "Q4_0"  # whose plan a budget begins with: the smallest that doesn't hurt everywhere
 
 
@@ -101,7 +102,8 @@ def convert(
     check_output(Path(out), planned.n_bytes, force)
     with workplace(Path(out), resume), closing(Original(inputs, Path(out), n_threads, on_progress)) as original:
         decision = decide(receipt or DEFAULT_RECEIPT, inputs, planned, original, Path(out))
-        weighed = _importance(inputs, original, text, imatrix, n_threads, on_progress)
+        n_chunks = None if save_imatrix is not None or compensate is False else _CHUNKS_IF_COMPENSATED
+        weighed = _importance(inputs, original, text, n_chunks, imatrix, n_threads, on_progress)
         if weighed.matrix is not None:
             check_names(weighed.matrix, {tensor.name for tensor in planned.tensors})
             planned = plan_of(inputs, planned.file_type, types, weighed.matrix)
@@ -246,6 +248,7 @@ def _importance(
     inputs: Inputs,
     original: Original,
     text: str | Path | None,
+    n_chunks: int | None,
     imatrix: str | Path | None,
     n_threads: int,
     on_progress: OnProgress | None,
@@ -255,7 +258,9 @@ def _importance(
         return _Weighed(matrix, f"importance matrix of {Path(imatrix).name}", (), _imatrix_metadata(matrix, imatrix))
     if text is None:
         return _Weighed()
-    importance, cached = collect(inputs, original, text, n_threads=n_threads, on_progress=on_progress)
+    importance, cached = collect(
+        inputs, original, text, n_chunks=n_chunks, n_threads=n_threads, on_progress=on_progress
+    )
     n_tokens = importance.n_chunks * importance.chunk_size
     notes = ("the importance matrix is that of an earlier conversion of the same model and text",) if cached else ()
     origin = f"importance matrix of {importance.dataset}, up to {n_tokens} tokens"
