@@ -16,17 +16,15 @@ from typing import Literal, Protocol
 
 from edgellm.config import SamplingParams
 from edgellm.errors import Cancelled, ContextFull, GenerationError
+from edgellm.speculation.verify import ChooserAt, Speculator, Verifier, speculative_steps
 from edgellm.text import StopStrings, StreamingDetokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
 PromptProgress = Callable[[float], object]  # a fraction from 0 to 1; returning False cancels
 
 
-class Decoder(Protocol):
+class Decoder(Verifier, Protocol):
     """A sequence being evaluated (`native.context.Context`)."""
-
-    tokens: list[int]
-    n_ctx: int
 
     @property
     def aborted(self) -> bool: ...
@@ -35,15 +33,11 @@ class Decoder(Protocol):
 
     def decode(self, tokens: Sequence[int], on_progress: Callable[[int, int], object] | None = None) -> None: ...
 
-    def step(self, token: int) -> None: ...
 
-
-class Chooser(Protocol):
-    """Chooses the next token from the decoder's last logits (`native.sampler.Sampler`)."""
+class Chooser(ChooserAt, Protocol):
+    """Chooses the next token from the decoder's logits (`native.sampler.Sampler`)."""
 
     def accept_prompt(self, tokens: Sequence[int]) -> None: ...
-
-    def sample(self) -> int: ...
 
 
 class Pieces(Protocol):
@@ -60,7 +54,8 @@ class GenerationStats:
 
     evaluated_prompt_tokens: those of the prompt that weren't in the context's memory already.
     time_to_first_token: from the start of the prompt's evaluation. steps: decode calls after the prompt.
-    drafted, accepted: tokens proposed by a draft and those the model agreed with.
+    drafted, accepted: tokens proposed by a draft and those the model agreed with. draft_seconds: of decode_seconds,
+    what the drafts took.
     """
 
     prompt_tokens: int = 0
@@ -72,6 +67,7 @@ class GenerationStats:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    draft_seconds: float = 0.0
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -82,6 +78,11 @@ class GenerationStats:
         """Of the tokens after the first, which came with the prompt."""
         later = self.completion_tokens - 1
         return later / self.decode_seconds if later > 0 and self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of the tokens after the first; more than 1 where guesses were right."""
+        return max(0, self.completion_tokens - 1) / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class GenerationResponse:
 
 
 def generate_step(decoder: Decoder, chooser: Chooser) -> Iterator[tuple[Sequence[int], int]]:
-    """(new tokens, how many of them a draft proposed), for ever, after a prompt that was decoded.
+    """(new tokens, how many of them a draft proposed), for ever, after a prompt that was decoded; here without drafts.
 
     A token is yielded before it is evaluated: the consumer shows it sooner, and the last one costs nothing.
     """
@@ -117,13 +118,16 @@ def stream_generate(
     prompt: Sequence[int],
     params: SamplingParams,
     on_progress: PromptProgress | None = None,
+    speculator: Speculator | None = None,
 ) -> Iterator[GenerationResponse]:
     """Evaluate `prompt` (what the decoder's memory lacks of it), then yield the answer as it comes.
+
+    speculator: whose guesses are checked several at a time; the answer's distribution is the same.
 
     Errors: ContextFull if the prompt doesn't fit, Cancelled if cancelled before the first token,
     GenerationError for a failed decode. After the first token a full context or a cancel ends the answer normally.
     """
-    run = _Run(decoder, chooser, pieces, prompt, params)
+    run = _Run(decoder, chooser, pieces, prompt, params, speculator)
     run.evaluate_prompt(on_progress)
     for tokens, n_accepted in run.timed_steps():
         run.take(tokens, n_accepted)
@@ -159,16 +163,22 @@ class _Run:
     """The state of one `stream_generate`."""
 
     def __init__(
-        self, decoder: Decoder, chooser: Chooser, pieces: Pieces, prompt: Sequence[int], params: SamplingParams
+        self,
+        decoder: Decoder,
+        chooser: Chooser,
+        pieces: Pieces,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        speculator: Speculator | None,
     ) -> None:
-        self._decoder, self._chooser, self._pieces = decoder, chooser, pieces
+        self._decoder, self._chooser, self._pieces, self._speculator = decoder, chooser, pieces, speculator
         self._prompt, self._limit = prompt, params.max_tokens
         self._detokenizer, self._stops = StreamingDetokenizer(), StopStrings(params.stop)
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self._token_ids: list[int] = []
         self._from_draft: list[bool] = []
-        self._evaluated = self._completed = self._steps = self._accepted = 0
+        self._evaluated = self._completed = self._steps = 0
         self._prompt_seconds = self._first_token_seconds = self._decode_seconds = 0.0
 
     def evaluate_prompt(self, on_progress: PromptProgress | None) -> None:
@@ -191,12 +201,12 @@ class _Run:
         self._prompt_seconds = perf_counter() - started
 
     def timed_steps(self) -> Iterator[tuple[Sequence[int], int]]:
-        """`generate_step`, with the clock running only inside it, until a limit of context or patience."""
+        """Steps with or without guesses, the clock running only inside them, until a limit of context or patience."""
         self.resume_clock()
         if self._limit == 0:
             self.finish_reason = "length"
             return
-        steps = generate_step(self._decoder, self._chooser)
+        steps = self._endless_steps()
         for self._steps in count():  # the first token comes from the prompt's own logits
             try:
                 tokens, n_accepted = next(steps)
@@ -208,6 +218,13 @@ class _Run:
                 return
             yield tokens, n_accepted
 
+    def _endless_steps(self) -> Iterator[tuple[Sequence[int], int]]:
+        if self._speculator is None:
+            return generate_step(self._decoder, self._chooser)
+        return speculative_steps(
+            self._decoder, self._chooser, self._speculator, self._prompt, self._pieces.is_eog, self._limit
+        )
+
     def resume_clock(self) -> None:
         self._resumed = perf_counter()
 
@@ -216,7 +233,6 @@ class _Run:
         if not self._completed:
             self._first_token_seconds = self._prompt_seconds + perf_counter() - self._resumed
             self.resume_clock()
-        self._accepted += n_accepted
         for i, token in enumerate(tokens):
             if self._pieces.is_eog(token):
                 self.finish_reason = "stop"
@@ -257,5 +273,7 @@ class _Run:
             completion_tokens=self._completed,
             decode_seconds=self._decode_seconds,
             steps=self._steps,
-            accepted=self._accepted,
+            drafted=self._speculator.drafted if self._speculator else 0,
+            accepted=self._speculator.accepted if self._speculator else 0,
+            draft_seconds=self._speculator.draft_seconds if self._speculator else 0.0,
         )

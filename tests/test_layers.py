@@ -19,12 +19,13 @@ ALLOWED = {
     "gguf_adapter": {"errors", "gguf_header"},
     "native": BASE,
     "text": BASE | {"native"},
-    "generation": BASE | {"native", "text"},
+    "speculation": BASE | {"native", "text"},
+    "generation": BASE | {"native", "text", "speculation"},
     "chat": BASE | {"native", "text", "generation"},
     "catalog": BASE,
-    "measure": BASE | {"native", "text", "generation", "chat", "catalog", "engine"},
-    "engine": BASE | {"native", "text", "generation", "chat", "catalog"},
-    "cli": BASE | {"native", "text", "generation", "chat", "catalog", "engine", "measure", "edgellm"},
+    "measure": BASE | {"native", "text", "speculation", "generation", "chat", "catalog", "engine"},
+    "engine": BASE | {"native", "text", "speculation", "generation", "chat", "catalog"},
+    "cli": BASE | {"native", "text", "speculation", "generation", "chat", "catalog", "engine", "measure", "edgellm"},
     "edgellm": BASE | {"native", "text", "generation", "chat", "catalog", "engine"},  # the package's __init__
 }
 FOR_CONVERTERS = BASE | {"native", "measure"}

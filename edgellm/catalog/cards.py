@@ -15,7 +15,10 @@ from edgellm.errors import ModelFileError
 
 @dataclass(frozen=True)
 class Card:
-    """One model. The file is in a Python package: `module` names it, `path` is relative to its folder."""
+    """One model. The file is in a Python package: `module` names it, `path` is relative to its folder.
+
+    draft: the name of another card, whose model guesses for this one.
+    """
 
     name: str
     title: str
@@ -28,6 +31,7 @@ class Card:
     n_bytes: int
     n_parameters: int
     default: bool = False
+    draft: str | None = None
     sampling: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     def file(self) -> Path | None:
@@ -76,6 +80,7 @@ def _read_card(path: Path) -> Card:
         n_bytes=where["n_bytes"],
         n_parameters=content["n_parameters"],
         default=content.get("default", False),
+        draft=content.get("draft"),
         sampling=MappingProxyType(dict(content.get("sampling", {}))),
     )
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm.catalog import cards
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
+from edgellm.engine.drafts import N_OUTPUTS, DraftChoice, Drafts
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
@@ -90,6 +91,7 @@ class Model:
         self._native = NativeModel(
             path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
         )
+        self._drafts = Drafts(header, self._native, params)
         self._vocab = self._native.vocab
         self._marker = ControlMarker(self._vocab)
         self._turn = Turn()
@@ -99,7 +101,7 @@ class Model:
         self._closed = False
         self._contexts: set[Context] = set()
         try:
-            self._context = self._open_context(params)
+            self._context = self._open_context(params, n_outputs=N_OUTPUTS)
         except BaseException:
             self._native.close()
             raise
@@ -140,51 +142,68 @@ class Model:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
+        draft: DraftChoice = "auto",
         on_progress: Progress | None = None,
     ) -> Stream:
         """Continue a raw prompt: text (control tokens written out count as such, BOS is added) or token ids.
 
+        draft: what guesses several tokens ahead, which costs no quality: "ngram" (the text's own repetitions), the path
+        or card of a smaller model, asked where the n-grams know nothing, or a list of just those to ask in turn; "auto"
+        = n-grams and the partner that the model's file or card names; "off".
         on_progress: called with the evaluated fraction of the prompt, 0 to 1; returning False cancels.
         Errors, at once: GenerationError (empty, not this model's tokens, closed), ContextFull. While iterating:
-        Cancelled before the first token; later a cancel ends the stream with finish_reason "cancelled".
+        DraftMismatch, ModelFileError (a draft that was named); Cancelled before the first token; later a cancel ends
+        the stream with finish_reason "cancelled".
         """
-        return self._open_stream(self._prompt_ids(prompt), params, on_progress)
+        return self._open_stream(self._prompt_ids(prompt), params, draft, on_progress)
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, *, on_progress: Progress | None = None
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        draft: DraftChoice = "auto",
+        on_progress: Progress | None = None,
     ) -> Stream:
         """The assistant's answer to OpenAI-shaped messages. What the model has read of them already is reused.
 
         Text in messages never becomes a control token. Errors as in `generate`; also GenerationError where the
         model has no chat template, or its template refuses the messages.
         """
-        return self._open_stream(self.chat_tokens(messages), params, on_progress)
+        return self._open_stream(self.chat_tokens(messages), params, draft, on_progress)
 
     def complete(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
+        draft: DraftChoice = "auto",
         on_progress: Progress | None = None,
     ) -> Completion:
         """`generate`, all at once. Same errors."""
-        return Completion(*join(self.generate(prompt, params, on_progress=on_progress)))
+        return Completion(*join(self.generate(prompt, params, draft=draft, on_progress=on_progress)))
 
     def agenerate(
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
+        draft: DraftChoice = "auto",
         on_progress: Progress | None = None,
     ) -> AsyncIterator[GenerationResponse]:
         """`generate` for asyncio; every error comes while iterating. Cancelling the task cancels the generation."""
-        return self._iterate_async(lambda: self._prompt_ids(prompt), params, on_progress)
+        return self._iterate_async(lambda: self._prompt_ids(prompt), params, draft, on_progress)
 
     def achat(
-        self, messages: Messages, params: SamplingParams | None = None, *, on_progress: Progress | None = None
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        draft: DraftChoice = "auto",
+        on_progress: Progress | None = None,
     ) -> AsyncIterator[GenerationResponse]:
         """`chat` for asyncio; see `agenerate`."""
-        return self._iterate_async(lambda: self.chat_tokens(messages), params, on_progress)
+        return self._iterate_async(lambda: self.chat_tokens(messages), params, draft, on_progress)
 
     def chat_tokens(self, messages: Messages, *, answer_follows: bool = True) -> list[int]:
         """The token ids of the prompt that `chat` evaluates for these messages.
@@ -267,6 +286,7 @@ class Model:
             for context in tuple(self._contexts):
                 context.close()
             self._contexts.clear()
+            self._drafts.close()
             self._native.close()
 
     @functools.cached_property
@@ -290,27 +310,38 @@ class Model:
         self,
         prompt: list[int],
         params: SamplingParams | None,
+        draft: DraftChoice,
         on_progress: Progress | None,
         owner: object = None,
     ) -> Stream:
         ticket = Ticket(owner)
-        responses = self._take_turn_and_generate(ticket, prompt, params or SamplingParams(), on_progress)
+        responses = self._take_turn_and_generate(ticket, prompt, params or SamplingParams(), draft, on_progress)
         return Stream(ticket, responses, self._cancel)
 
     async def _iterate_async(
-        self, encode: Callable[[], list[int]], params: SamplingParams | None, on_progress: Progress | None
+        self,
+        encode: Callable[[], list[int]],
+        params: SamplingParams | None,
+        draft: DraftChoice,
+        on_progress: Progress | None,
     ) -> AsyncIterator[GenerationResponse]:
         import asyncio
 
         task = asyncio.current_task()
-        async for response in iterate_async(lambda: self._open_stream(encode(), params, on_progress, task)):
+        async for response in iterate_async(lambda: self._open_stream(encode(), params, draft, on_progress, task)):
             yield response
 
     def _take_turn_and_generate(
-        self, ticket: Ticket, prompt: list[int], params: SamplingParams, on_progress: Progress | None
+        self,
+        ticket: Ticket,
+        prompt: list[int],
+        params: SamplingParams,
+        draft: DraftChoice,
+        on_progress: Progress | None,
     ) -> Generator[GenerationResponse, None, None]:
         with self._turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
-            yield from stream_generate(self._context, sampler, self._vocab, prompt, params, on_progress)
+            speculator = self._drafts.speculator(draft)
+            yield from stream_generate(self._context, sampler, self._vocab, prompt, params, on_progress, speculator)
 
     @contextlib.contextmanager
     def _turn_of(self, ticket: Ticket) -> Iterator[None]:
@@ -323,6 +354,7 @@ class Model:
         try:
             with self._active_lock:
                 self._active = ticket
+                self._drafts.clear_abort()
                 for context in tuple(self._contexts):
                     context.clear_abort()
             check()
@@ -336,6 +368,7 @@ class Model:
         ticket.cancelled = True
         with self._active_lock:
             if self._active is ticket:
+                self._drafts.abort()
                 for context in tuple(self._contexts):
                     context.abort()
 

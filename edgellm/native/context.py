@@ -58,8 +58,7 @@ class Context:
         self._lib = lib = library.load()
         self.model = model
         self.tokens: list[int] = []
-        self._has_logits = False
-        self._n_outputs = n_outputs
+        self._n_logits = 0  # rows that may be sampled: those of the last decode call
         self._samplers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._adapters = ActiveAdapters()
         wanted = params.n_ctx or model.n_ctx_train
@@ -85,6 +84,7 @@ class Context:
         # llama.cpp rounds sizes; what it made is what counts
         self.n_ctx = min(self.n_ctx, int(lib.llama_n_ctx(pointer)))
         self.n_batch = int(lib.llama_n_batch(pointer))
+        self.n_outputs = min(n_outputs, self.n_batch)
         self.n_threads = int(lib.llama_n_threads(pointer))
         self._memory = lib.llama_get_memory(pointer)
         self._native = _Native(pointer, new_batch(lib, self.n_batch), abort_flag)
@@ -118,7 +118,7 @@ class Context:
             self._adapters.switch(pointer, 0)
             if self._memory is not None:
                 self._lib.llama_memory_clear(self._memory, False)
-        self._has_logits = False
+        self._n_logits = 0
         self.tokens.clear()
 
     def reuse_prefix(self, tokens: Sequence[int]) -> int:
@@ -129,15 +129,15 @@ class Context:
         """
         n_past = min(_common_prefix(self.tokens, list(tokens[:-1])), self._adapters.begin(tokens))
         with self._native.lock:
-            pointer = self._open_pointer()
-            if n_past == 0 or not self._roll_back(pointer, n_past):
+            self._open_pointer()
+            if n_past == 0 or not self._roll_back(n_past):
                 self._lib.llama_memory_clear(self._memory, False)
                 n_past = 0
-        self._has_logits = False
+        self._n_logits = 0
         del self.tokens[n_past:]
         return n_past
 
-    def _roll_back(self, pointer: Any, n_past: int) -> bool:
+    def _roll_back(self, n_past: int) -> bool:
         # Also when nothing seems to be dropped: an interrupt may have hit between a decode and its bookkeeping.
         if not self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             return False
@@ -198,10 +198,35 @@ class Context:
             code = self._lib.llama_decode(pointer, batch)
             if code == 0:
                 self.tokens.append(token)
-                self._has_logits = True
+                self._n_logits = 1
                 return
             self._after_failure()
         self._raise_failure(code, 1)
+
+    def verify(self, tokens: Sequence[int]) -> None:
+        """`decode` of at most n_outputs tokens, each of whose logits can then be sampled. Same errors."""
+        self.model.vocab.check_ids(tokens)
+        if not 0 < len(tokens) <= self.n_outputs:
+            raise GenerationError(
+                f"{len(tokens)} tokens can't be verified at once; this context takes {self.n_outputs}"
+            )
+        if len(self.tokens) + len(tokens) > self.n_ctx:
+            raise ContextFull(f"{len(tokens)} more tokens don't fit the context of {self.n_ctx}")
+        self._decode_chunk(tokens, n_logits=len(tokens))
+
+    def keep(self, n_tokens: int) -> None:
+        """Drop all but the first n_tokens from the memory, but not the logits. GenerationError where that can't be."""
+        if n_tokens == len(self.tokens):
+            return
+        with self._native.lock:
+            self._open_pointer()
+            kept = self._roll_back(n_tokens)
+            if not kept:
+                self._lib.llama_memory_clear(self._memory, False)
+        del self.tokens[n_tokens if kept else 0 :]
+        if not kept:
+            self._n_logits = 0
+            raise GenerationError("this model's memory can't drop its last tokens; turn speculation off (draft)")
 
     def _decode_chunk(self, chunk: Sequence[int], n_logits: int) -> None:
         """At most n_batch tokens, with logits at the last `n_logits` of them (at most n_outputs)."""
@@ -213,18 +238,18 @@ class Context:
             ctypes.memmove(batch.token, (ctypes.c_int32 * n)(*chunk), 4 * n)
             ctypes.memmove(batch.pos, (ctypes.c_int32 * n)(*range(position, position + n)), 4 * n)
             ctypes.memmove(batch.logits, bytes(n - n_logits) + b"\1" * n_logits, n)
-            self._has_logits = False
+            self._n_logits = 0
             code = self._lib.llama_decode(pointer, batch)
             if code == 0:
                 self.tokens.extend(chunk)
-                self._has_logits = n_logits > 0
+                self._n_logits = n_logits
                 return
             self._after_failure()
         self._raise_failure(code, n)
 
     def _after_failure(self) -> None:
         """Bring memory and mirror together: llama.cpp may have kept a part of the batch, which we drop."""
-        self._has_logits = False
+        self._n_logits = 0
         if self._memory is None:
             return
         kept = len(self.tokens)
@@ -268,7 +293,7 @@ class Context:
         self._adapters.begin(tokens)
         for chunk in self._chunks(tokens[:first], self.n_batch):
             self._decode_chunk(chunk, n_logits=0)
-        for chunk in self._chunks(tokens[first:], min(self._n_outputs, self.n_batch)):
+        for chunk in self._chunks(tokens[first:], self.n_outputs):
             self._decode_chunk(chunk, n_logits=len(chunk))
             with self._native.lock:
                 logits = self._lib.llama_get_logits(self._open_pointer())
@@ -299,22 +324,39 @@ class Context:
         if len(tokens) > self.n_ctx:
             raise ContextFull(f"{len(tokens)} tokens don't fit the context of {self.n_ctx}; shorten the text")
 
-    def sample(self, chain: Any) -> int:
-        """Let a sampler chain choose from the logits of the last evaluated token (see sampler.py)."""
+    def sample(self, chain: Any, i: int | None = None) -> int:
+        """Let a sampler chain (see sampler.py) choose from the logits of the i-th token of the last `verify`; None =
+        of the last evaluated token.
+        """
         with self._native.lock:
-            pointer = self._open_pointer()
-            if not self._has_logits:  # llama.cpp would abort the process
-                raise GenerationError("there are no logits to sample from; evaluate a token first")
-            return int(self._lib.llama_sampler_sample(chain, pointer, -1))
+            return int(self._lib.llama_sampler_sample(chain, self._open_pointer(), self._logits_index(i)))
 
-    def likeliest(self, np: ModuleType) -> int:
-        """The token with the largest logit after the last evaluated one; np is numpy."""
+    def likeliest(self, np: ModuleType, i: int | None = None) -> int:
+        """The token with the largest logit, of the same choice; np is numpy."""
         with self._native.lock:
-            pointer = self._open_pointer()
-            if not self._has_logits:
-                raise GenerationError("there are no logits to sample from; evaluate a token first")
-            logits = self._lib.llama_get_logits_ith(pointer, -1)
-            return int(np.ctypeslib.as_array(logits, (self.model.vocab.size,)).argmax())
+            return int(self._row(np, i).argmax())
+
+    def likeliest_and_probability(self, np: ModuleType) -> tuple[int, float]:
+        """`likeliest` after the last evaluated token, and the probability the model gives it."""
+        with self._native.lock:
+            row = self._row(np, None)
+            token = int(row.argmax())
+            return token, 1 / float(np.exp(row - row[token]).sum())
+
+    def _row(self, np: ModuleType, i: int | None) -> Any:
+        """Valid while the lock is held."""
+        logits = self._lib.llama_get_logits_ith(self._open_pointer(), self._logits_index(i))
+        return np.ctypeslib.as_array(logits, (self.model.vocab.size,))
+
+    def _logits_index(self, i: int | None) -> int:
+        """llama.cpp's; it would abort the process for one without logits."""
+        if not self._n_logits:
+            raise GenerationError("there are no logits to sample from; evaluate a token first")
+        if i is None:
+            return -1
+        if not 0 <= i < self._n_logits:
+            raise GenerationError(f"there are no logits at {i}; the last evaluation has {self._n_logits}")
+        return i
 
     def adopt(self, sampler: object) -> None:
         """Have `sampler.close()` called before the context goes away."""

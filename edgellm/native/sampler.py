@@ -32,14 +32,16 @@ class Sampler:
             for token in list(tokens)[-self._penalty_window :]:
                 self._lib.llama_sampler_accept(self._chain, token)
 
-    def sample(self) -> int:
-        """Choose a token from the last logits, and take it into account for the penalties."""
+    def sample(self, i: int | None = None) -> int:
+        """Choose a token from the logits of the i-th token verified, None = the last evaluated; it then counts for
+        the penalties.
+        """
         if not self._free.alive:
             raise GenerationError("the model is closed; load it again")
         # The C sampler copies every logit into a table of candidates first. Not worth importing numpy for.
         if self._greedy and (numpy := sys.modules.get("numpy")):
-            return self._context.likeliest(numpy)
-        return self._context.sample(self._chain)
+            return self._context.likeliest(numpy, i)
+        return self._context.sample(self._chain, i)
 
     def close(self) -> None:
         self._free()

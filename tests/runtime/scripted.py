@@ -12,6 +12,8 @@ EOG = 0
 class ScriptedModel:
     """Decoder, chooser and pieces in one. Token t stands for `texts[t - 1]`; token 0 ends the answer."""
 
+    n_outputs = 25
+
     def __init__(self, *texts: str | bytes, n_ctx: int = 1000, abort_at: int | None = None) -> None:
         self.texts = [text.encode() if isinstance(text, str) else text for text in texts]
         self.tokens: list[int] = []
@@ -47,7 +49,13 @@ class ScriptedModel:
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         pass
 
-    def sample(self) -> int:
+    def verify(self, tokens: Sequence[int]) -> None:
+        raise AssertionError("nothing was guessed")
+
+    def keep(self, n_tokens: int) -> None:
+        raise AssertionError("nothing was guessed")
+
+    def sample(self, i: int | None = None) -> int:
         token = self._next if self._next <= len(self.texts) else EOG
         self._next += 1
         return token

@@ -1,0 +1,123 @@
+"""How many guesses to check at a time: from what checking costs here, and how often guesses were right lately.
+
+Of guesses that are right with probability p each, one after another, a check of k yields (1 - p^(k+1)) / (1 - p) tokens
+(Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"). It costs as much as C(k + 1) plain
+steps, plus what the guesses cost. The k with most tokens per second wins; 0 is one of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from statistics import median
+
+from edgellm.speculation.drafts import Proposal
+
+MAX_DRAFT = 24
+
+# Steps that one evaluation of n tokens costs, before anything is measured: a cautious middle of several types' curves.
+_USUAL = {1: 1.0, 2: 1.35, 4: 1.6, 8: 2.2, 16: 3.2, 32: 5.5}
+_KEPT = 9  # latest measurements of each kind
+_TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
+_FORGETS = 0.97  # weight of older checks with each new one
+_PRIOR, _PRIOR_WEIGHT = 0.7, 2.0  # a new source is tried
+_GAIN = 1.03  # less isn't worth the risk of a wrong estimate
+_FOR_PROBES = 0.01  # share of the time that may go into trying again what didn't pay
+_PROBE = 2  # guesses of such a trial
+
+
+class Depth:
+    """What was learned of costs and sources. It may serve many generations of one model."""
+
+    def __init__(self, curve: Mapping[int, float] | None = None) -> None:
+        """curve: number of tokens evaluated together → cost in plain steps, where that was measured before."""
+        self._steps: deque[float] = deque(maxlen=_KEPT)  # seconds of plain steps
+        self._checks: dict[int, deque[float]] = {}  # number of tokens → costs in plain steps
+        self._curve = dict(_USUAL if curve is None else {1: 1.0, **curve})
+        self._sources: dict[str, _Source] = {}
+        self._for_probes = 0.0  # seconds
+
+    def choose(self, source: str, most: int) -> int:
+        """How many guesses of the source to check; at most `most`."""
+        known = self._sources.setdefault(source, _Source())
+        most = min(most, MAX_DRAFT)
+        best = max(range(1, most + 1), key=lambda k: self._gain(known, k), default=0)
+        if best and self._gain(known, best) >= _GAIN:
+            return best
+        probe = min(_PROBE, most)
+        known.probes = self._loss(known, probe) <= self._for_probes
+        return probe if known.probes else 0
+
+    def step_took(self, seconds: float) -> None:
+        """A plain step: one token evaluated and the next one chosen."""
+        self._steps.append(seconds)
+        self._for_probes += _FOR_PROBES * seconds
+
+    def check_took(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
+        """A check of these guesses, of which the first n_accepted were right. draft_seconds: until they were there."""
+        source, n = self._sources.setdefault(proposal.source, _Source()), len(proposal.tokens)
+        source.learn(n, n_accepted, proposal.seconds_per_guess)
+        self._for_probes += _FOR_PROBES * seconds
+        if self._steps:
+            # a machine that is busy meanwhile can show any cost; n tokens together never cost more than n alone
+            cost = min(seconds / self._step_seconds, n + 1.0)
+            self._checks.setdefault(n + 1, deque(maxlen=_KEPT)).append(cost)
+            if source.probes:
+                self._for_probes -= max(0.0, seconds + draft_seconds - (n_accepted + 1) * self._step_seconds)
+                source.probes = False
+
+    def cost(self, n_tokens: int) -> float:
+        """Of evaluating n_tokens together, in plain steps: as measured, or by the curve through what was."""
+        expected = _between(self._curve, n_tokens)
+        near = min(self._checks, key=lambda n: abs(n - n_tokens), default=None)
+        if near is None:
+            return expected
+        there = _between(self._curve, near)
+        return expected * median([*self._checks[near], *[there] * _TRUST]) / there
+
+    @property
+    def _step_seconds(self) -> float:
+        return median(self._steps)
+
+    def _gain(self, source: _Source, k: int) -> float:
+        """Tokens for each plain step's time."""
+        return source.expected(k) / self._expense(source, k)
+
+    def _expense(self, source: _Source, k: int) -> float:
+        guessing = k * source.seconds_per_guess / self._step_seconds if self._steps else 0.0
+        return self.cost(k + 1) + guessing
+
+    def _loss(self, source: _Source, k: int) -> float:
+        """Seconds that checking k guesses is expected to cost more than it brings."""
+        if not self._steps:
+            return float("inf")
+        return max(0.0, self._expense(source, k) - source.expected(k)) * self._step_seconds
+
+
+class _Source:
+    def __init__(self) -> None:
+        self.right, self.wrong = _PRIOR * _PRIOR_WEIGHT, (1 - _PRIOR) * _PRIOR_WEIGHT
+        self.seconds_per_guess = 0.0
+        self.probes = False  # it was chosen though it doesn't pay, to see whether it does by now
+
+    def learn(self, n_drafted: int, n_accepted: int, seconds_per_guess: float) -> None:
+        self.right = _FORGETS * self.right + n_accepted
+        self.wrong = _FORGETS * self.wrong + (n_accepted < n_drafted)
+        self.seconds_per_guess = seconds_per_guess
+
+    def expected(self, k: int) -> float:
+        """Tokens of a check of k guesses: those that are right, and the one the model gives itself."""
+        p = min(self.right / (self.right + self.wrong), 0.995)
+        return float((1 - p ** (k + 1)) / (1 - p))
+
+
+def _between(curve: Mapping[int, float], n: int) -> float:
+    """The piecewise linear curve at n; beyond its ends it goes on as its last piece."""
+    known: Iterable[int] = sorted(curve)
+    below = max((x for x in known if x <= n), default=min(curve))
+    above = min((x for x in known if x >= n), default=max(curve))
+    if below == above:
+        if below == n or len(curve) == 1:
+            return curve[below]
+        below, above = sorted(curve)[-2:]
+    return curve[below] + (curve[above] - curve[below]) * (n - below) / (above - below)

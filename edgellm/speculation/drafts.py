@@ -1,0 +1,88 @@
+"""Drafts: what guesses the next tokens. The model checks every guess, so a wrong one costs time and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+_NEEDLE = 2  # tokens that must match before anything is guessed
+_CANDIDATES = 16  # latest places looked at
+_LONGEST = 32  # tokens a match is followed back
+_LENGTHS = (3, 5, 9, 17)  # matches at least this long are sources of their own: longer ones are right more often
+
+
+class Proposal(NamedTuple):
+    """tokens: guesses, the likeliest continuation first to last. source: guesses of one source are about as often
+    right; how often is learned for each. seconds_per_guess: what one more of them costs; 0 = nothing to speak of.
+    """
+
+    tokens: Sequence[int]
+    source: str
+    seconds_per_guess: float = 0.0
+
+
+NOTHING = Proposal((), "")
+
+
+class Draft(Protocol):
+    """is_free: a guess costs next to nothing, so that how many of them are checked may be decided afterwards."""
+
+    name: str
+    is_free: bool
+
+    def propose(self, history: Sequence[int], k: int) -> Proposal:
+        """At most k tokens that may follow `history`. During one generation `history` only grows."""
+        ...
+
+
+class NgramDraft:
+    """The text repeats itself: guesses what followed the latest place where the longest end of it stood before.
+
+    One for each generation. Memory: some hundred bytes for each token of the history.
+    """
+
+    name = "ngram"
+    is_free = True
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], list[int]] = {}  # of every needle: where the token after it stands
+        self._n_indexed = _NEEDLE  # a needle ends before this place; the one at the very end isn't there yet
+
+    def propose(self, history: Sequence[int], k: int) -> Proposal:
+        for place in range(self._n_indexed, len(history)):
+            self._places.setdefault(tuple(history[place - _NEEDLE : place]), []).append(place)
+        self._n_indexed = max(self._n_indexed, len(history))
+        places = self._places.get(tuple(history[-_NEEDLE:]), ())[-_CANDIDATES:]
+        best, length = -1, 0
+        for place in reversed(places):
+            found = _match_length(history, place)
+            if found > length:
+                best, length = place, found
+                if length == _LONGEST:
+                    break
+        if not length:
+            return NOTHING
+        return Proposal(_continued(history, best, k), f"ngram {match_class(length)}")
+
+
+def match_class(length: int) -> int:
+    """Which source a match of so many tokens belongs to."""
+    return sum(length >= bound for bound in _LENGTHS)
+
+
+def _match_length(history: Sequence[int], place: int) -> int:
+    """How many tokens before `place` equal those at the end of the history; at most _LONGEST."""
+    n, end = _NEEDLE, len(history)
+    most = min(place, _LONGEST)
+    while n < most and history[place - 1 - n] == history[end - 1 - n]:
+        n += 1
+    return n
+
+
+def _continued(history: Sequence[int], place: int, k: int) -> list[int]:
+    """k tokens from `place` on; where the history ends they go on with themselves, as in a text that repeats."""
+    tokens = list(history[place : place + k])
+    period = len(tokens)
+    while len(tokens) < k:
+        tokens.append(tokens[-period])
+    return tokens
