@@ -18,6 +18,7 @@ MAX_DRAFT = 24
 # Steps that one evaluation of n tokens costs, before anything is measured: a cautious middle of several types' curves.
 _USUAL = {1: 1.0, 2: 1.35, 4: 1.6, 8: 2.2, 16: 3.2, 32: 5.5}
 _KEPT = 9  # latest measurements of each kind
+_STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
 _FORGETS = 0.97  # weight of older checks with each new one
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2.0  # a new source is tried
@@ -39,6 +40,8 @@ class Depth:
 
     def choose(self, source: str, most: int) -> int:
         """How many guesses of the source to check; at most `most`."""
+        if len(self._steps) < _STEPS_FIRST:
+            return 0
         known = self._sources.setdefault(source, _Source())
         most = min(most, MAX_DRAFT)
         best = max(range(1, most + 1), key=lambda k: self._gain(known, k), default=0)
@@ -58,13 +61,14 @@ class Depth:
         source, n = self._sources.setdefault(proposal.source, _Source()), len(proposal.tokens)
         source.learn(n, n_accepted, proposal.seconds_per_guess)
         self._for_probes += _FOR_PROBES * seconds
-        if self._steps:
-            # a machine that is busy meanwhile can show any cost; n tokens together never cost more than n alone
-            cost = min(seconds / self._step_seconds, n + 1.0)
-            self._checks.setdefault(n + 1, deque(maxlen=_KEPT)).append(cost)
-            if source.probes:
-                self._for_probes -= max(0.0, seconds + draft_seconds - (n_accepted + 1) * self._step_seconds)
-                source.probes = False
+        if not self._steps:
+            return
+        # a machine that is busy meanwhile can show any cost; n tokens together never cost more than n alone
+        cost = min(seconds / self._step_seconds, n + 1.0)
+        self._checks.setdefault(n + 1, deque(maxlen=_KEPT)).append(cost)
+        if source.probes:
+            self._for_probes -= max(0.0, seconds + draft_seconds - (n_accepted + 1) * self._step_seconds)
+            source.probes = False
 
     def cost(self, n_tokens: int) -> float:
         """Of evaluating n_tokens together, in plain steps: as measured, or by the curve through what was."""
@@ -84,13 +88,10 @@ class Depth:
         return source.expected(k) / self._expense(source, k)
 
     def _expense(self, source: _Source, k: int) -> float:
-        guessing = k * source.seconds_per_guess / self._step_seconds if self._steps else 0.0
-        return self.cost(k + 1) + guessing
+        return self.cost(k + 1) + k * source.seconds_per_guess / self._step_seconds
 
     def _loss(self, source: _Source, k: int) -> float:
         """Seconds that checking k guesses is expected to cost more than it brings."""
-        if not self._steps:
-            return float("inf")
         return max(0.0, self._expense(source, k) - source.expected(k)) * self._step_seconds
 
 

@@ -1,0 +1,104 @@
+"""The choice of depth in simulated worlds: known costs, known chances, a clock that only counts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from edgellm.speculation.depth import MAX_DRAFT, Depth
+from edgellm.speculation.drafts import Proposal
+
+STEP = 0.01
+FLAT = {1: 1.0, 2: 1.05, 4: 1.1, 8: 1.3, 25: 2.5}  # memory-bound: more tokens at once cost little
+STEEP = {1: 1.0, 2: 1.9, 4: 3.5, 8: 7.0, 25: 22.0}  # compute-bound
+
+
+def between(curve: dict[int, float], n: int) -> float:
+    return float(np.interp(n, list(curve), list(curve.values())))
+
+
+def simulate(
+    depth: Depth,
+    curve: dict[int, float],
+    chance: Callable[[int], float],
+    n_tokens: int,
+    *,
+    per_guess: float = 0.0,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> float:
+    """Speed against plain steps. chance: that a guess is right, by the number of tokens so far."""
+    rng = random.Random(seed)
+    n, seconds = 0, 0.0
+    while n < n_tokens:
+        k = depth.choose("draft", MAX_DRAFT)
+        disturbed = 1 + noise * rng.random() ** 8
+        if not k:
+            seconds += STEP * disturbed
+            depth.step_took(STEP * disturbed)
+            n += 1
+            continue
+        right = next((i for i in range(k) if rng.random() >= chance(n)), k)
+        took, guessing = between(curve, k + 1) * STEP * disturbed, k * per_guess * STEP
+        depth.check_took(Proposal([0] * k, "draft", per_guess * STEP), right, took, guessing)
+        seconds += took + guessing
+        n += right + 1
+    return n * STEP * (1 + noise / 9) / seconds
+
+
+@pytest.mark.parametrize("curve", [FLAT, STEEP], ids=["flat", "steep"])
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("per_guess", [0.0, 0.25])
+def test_a_hostile_draft_costs_next_to_nothing(curve: dict[int, float], p: float, per_guess: float) -> None:
+    assert simulate(Depth(curve), curve, lambda _: p, 2000, per_guess=per_guess) >= 0.98
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("per_guess", [0.0, 0.25])
+def test_it_comes_near_the_best_constant_depth(p: float, per_guess: float) -> None:
+    best = max((1 - p ** (k + 1)) / (1 - p) / (between(FLAT, k + 1) + k * per_guess) for k in range(1, MAX_DRAFT + 1))
+    assert simulate(Depth(FLAT), FLAT, lambda _: p, 4000, per_guess=per_guess) >= 0.93 * best
+
+
+def test_it_learns_the_curve_where_the_usual_one_is_wrong() -> None:
+    depth = Depth()
+    assert simulate(depth, STEEP, lambda _: 0.5, 4000) >= 0.98
+    assert depth.cost(3) == pytest.approx(2.7, rel=0.1)
+
+
+def test_a_draft_that_gets_better_is_noticed() -> None:
+    depth = Depth(FLAT)
+    simulate(depth, FLAT, lambda _: 0.0, 3000)
+    assert simulate(depth, FLAT, lambda _: 0.9, 3000) > 2
+
+
+def test_disturbed_timings_do_not_turn_a_good_draft_off() -> None:
+    assert simulate(Depth(FLAT), FLAT, lambda _: 0.8, 4000, noise=20.0) > 1.5
+
+
+def test_the_first_measurements_of_a_busy_machine_are_not_trusted() -> None:
+    depth = Depth(FLAT)
+    for _ in range(3):
+        depth.step_took(STEP)
+    depth.check_took(Proposal([0] * 4, "draft"), 4, 50 * STEP, 0.0)
+    assert depth.cost(5) < 2
+    assert depth.choose("draft", 4) == 4
+
+
+def test_no_more_is_chosen_than_there_is() -> None:
+    depth = Depth(FLAT)
+    assert depth.choose("draft", 10) == 0  # what a plain step costs isn't known yet
+    depth.step_took(STEP)
+    depth.step_took(STEP)
+    assert depth.choose("draft", 0) == 0
+    assert depth.choose("draft", 3) <= 3
+    assert depth.choose("draft", 1000) <= MAX_DRAFT
+
+
+def test_costs_between_measured_ones_follow_the_curve() -> None:
+    depth = Depth({2: 1.5, 4: 2.5})
+    assert [depth.cost(n) for n in (1, 2, 3, 4)] == [1.0, 1.5, 2.0, 2.5]
+    assert depth.cost(6) == pytest.approx(3.5)
