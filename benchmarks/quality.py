@@ -139,12 +139,16 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def compare(found: Comparison, quants: Sequence[str], max_kld: float | None, fast: float | None) -> dict[str, Any]:
+def compare(
+    found: Comparison, quants: Sequence[str], kinds: str, max_kld: float | None, fast: float | None
+) -> dict[str, Any]:
     """All rows; returns the ratios that matter."""
     ratios: dict[str, Any] = {}
     for quant in quants:
         standard = found.add(quant, "standard", quant=quant, compensate=False)
         for kind, options in (("compensated", {"quant": quant}), ("max-size", {"max_size": standard["bytes"]})):
+            if kind not in kinds:
+                continue
             ratios[f"{quant} {kind}"] = round(found.add(quant, kind, **options)["kld"] / standard["kld"], 3)
     if max_kld:
         ratios["max-kld"] = round(found.add(str(max_kld), "max-kld", max_kld=max_kld)["kld"] / max_kld, 3)
@@ -162,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="instead of the bundled SmolLM2")
     parser.add_argument("--quants", default="Q4_0,Q4_K_M,Q5_K_M")
+    parser.add_argument("--kinds", default="compensated,max-size", help="which of the two files of ours to make")
     parser.add_argument("--effort", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="leave the files here")
     parser.add_argument("--calibrate", choices=["same", SELF, "other"], default="same")
@@ -177,7 +182,7 @@ def main() -> None:
         model, texts = named if named.is_dir() else off_grid(named, folder), write_texts(folder)
         calibration = {"same": texts["calibration"], SELF: SELF, "other": OTHER}[options.calibrate]
         found = Comparison(model, folder, calibration, texts["test"], options.effort)
-        ratios = compare(found, options.quants.split(","), options.max_kld, options.fast)
+        ratios = compare(found, options.quants.split(","), options.kinds, options.max_kld, options.fast)
         for quant in filter(None, options.also.split(",")):
             found.add(quant, "standard", quant=quant, compensate=False)
         source = named.name
