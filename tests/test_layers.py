@@ -21,7 +21,7 @@ ALLOWED = {
     "text": BASE | {"native"},
     "speculation": BASE | {"native", "text"},
     "generation": BASE | {"native", "text", "speculation"},
-    "chat": BASE | {"native", "text", "generation"},
+    "chat": BASE | {"native", "text", "speculation", "generation"},
     "catalog": BASE,
     "measure": BASE | {"native", "text", "speculation", "generation", "chat", "catalog", "engine"},
     "engine": BASE | {"native", "text", "speculation", "generation", "chat", "catalog"},

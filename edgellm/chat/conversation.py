@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from edgellm.config import SamplingParams
 from edgellm.errors import GenerationError, OutputError, SessionError
 from edgellm.generation import GenerationResponse
+from edgellm.speculation.drafts import DraftChoice
 
 _FORMAT = "edgellm-conversation"
 _VERSION = 1
@@ -33,6 +34,7 @@ class ChatModel(Protocol):
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         *,
+        draft: DraftChoice = "auto",
         on_progress: Callable[[float], object] | None = None,
     ) -> ResponseStream: ...
 
@@ -51,18 +53,23 @@ class Conversation:
         text: str,
         params: SamplingParams | None = None,
         *,
+        draft: DraftChoice = "auto",
         on_progress: Callable[[float], object] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
-        """Send a message; iterate the result for the answer.
+        """Send a message; iterate the result for the answer. draft: as in Model.generate.
 
         An answer that is cancelled, or no longer iterated, stays in `messages` as far as it came. If nothing came
         at all (cancelled or failed while the prompt was read) the message is taken back too. Errors: as Model.chat.
         """
         asked = [*self.messages, {"role": "user", "content": text}]
-        return self._answer(asked, self._model.chat(asked, params, on_progress=on_progress))
+        return self._answer(asked, self._model.chat(asked, params, draft=draft, on_progress=on_progress))
 
     def regenerate(
-        self, params: SamplingParams | None = None, *, on_progress: Callable[[float], object] | None = None
+        self,
+        params: SamplingParams | None = None,
+        *,
+        draft: DraftChoice = "auto",
+        on_progress: Callable[[float], object] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """Answer the last user message again, in place of the last answer. GenerationError if there is none."""
         asked = list(self.messages)
@@ -70,7 +77,7 @@ class Conversation:
             asked.pop()
         if not asked or asked[-1]["role"] == "system":
             raise GenerationError("there is nothing to answer again yet; say something first")
-        return self._answer(asked, self._model.chat(asked, params, on_progress=on_progress))
+        return self._answer(asked, self._model.chat(asked, params, draft=draft, on_progress=on_progress))
 
     def _answer(self, asked: list[dict[str, Any]], stream: ResponseStream) -> Generator[GenerationResponse, None, None]:
         parts: list[str] = []

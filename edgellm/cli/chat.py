@@ -32,6 +32,7 @@ class Session:
     model: Model
     conversation: Conversation
     sampling: SamplingParams
+    draft: str = options.DEFAULT_DRAFT
     last_stats: GenerationStats | None = None
     failed: bool = False
 
@@ -49,6 +50,7 @@ def chat(
     threads: options.Threads = 0,
     load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
     lora: options.LoraFiles = None,
+    draft: options.DraftName = options.DEFAULT_DRAFT,
     history: Annotated[bool, typer.Option(help="Remember what you type for the next chat.")] = True,
 ) -> None:
     """Chat with a model, by default the one that `edgellm[demo]` brings along. Piped in, every line is a turn."""
@@ -67,7 +69,7 @@ def chat(
 
         loaded.chat_tokens([{"role": "user", "content": "Hello"}])  # a model that can't chat says so before the banner
         sampling = options.sampling_params(loaded.path, _CHAT_SAMPLING, given)
-        session = Session(loaded, Conversation(loaded, system), sampling)
+        session = Session(loaded, Conversation(loaded, system), sampling, draft)
         try:
             _talk(session, history)
         except BrokenPipeError:
@@ -103,7 +105,7 @@ def _talk(session: Session, history: bool) -> None:
 def _say_turn(
     session: Session, text: str, show: Callable[[float], object]
 ) -> Generator[GenerationResponse, None, None]:
-    return session.conversation.say(text, session.sampling, on_progress=show)
+    return session.conversation.say(text, session.sampling, draft=session.draft, on_progress=show)
 
 
 def answer(
@@ -142,9 +144,10 @@ def _print_end(session: Session, last: GenerationResponse) -> None:
 def describe_stats(model: Model, stats: GenerationStats) -> str:
     """The figures of an answer on one line."""
     read = f"{stats.evaluated_prompt_tokens} of {stats.prompt_tokens} prompt tokens read"
+    guessed = f"{stats.accepted} of {stats.drafted} guesses right · " if stats.drafted else ""
     return (
         f"{read} at {stats.prompt_tokens_per_second:.0f} tok/s · first token {stats.time_to_first_token:.2f} s · "
-        f"{stats.completion_tokens} tokens at {stats.decode_tokens_per_second:.0f} tok/s · "
+        f"{stats.completion_tokens} tokens at {stats.decode_tokens_per_second:.0f} tok/s · {guessed}"
         f"context {model.context_used}/{model.n_ctx}"
     )
 

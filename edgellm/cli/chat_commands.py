@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from edgellm.cli.chat import Session, answer, describe_stats
 from edgellm.cli.console import say
 from edgellm.cli.options import path_and_number
 from edgellm.config import SamplingParams
+from edgellm.generation import GenerationResponse
 
 
 def run_slash_command(session: Session, line: str) -> bool:
@@ -79,7 +80,11 @@ def _undo(session: Session, _: str) -> None:
 
 def _regen(session: Session, _: str) -> None:
     """answers your last message again"""
-    answer(session, lambda show: session.conversation.regenerate(session.sampling, on_progress=show))
+
+    def ask(show: Callable[[float], object]) -> Generator[GenerationResponse, None, None]:
+        return session.conversation.regenerate(session.sampling, draft=session.draft, on_progress=show)
+
+    answer(session, ask)
 
 
 def _save(session: Session, argument: str) -> None:

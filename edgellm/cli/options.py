@@ -33,6 +33,16 @@ LoraFiles: TypeAlias = Annotated[
     typer.Option("--lora", metavar="FILE[:SCALE]", help="Add a GGUF LoRA (convert --adapter-only); may be repeated."),
 ]
 
+DraftName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="auto|off|ngram|FILE",
+        help="What guesses ahead: the text's repetitions (ngram), a smaller model too, or both if there is one (auto).",
+    ),
+]
+
+DEFAULT_DRAFT = "auto"
 DEFAULT_LOAD_MODE = "repack"
 
 

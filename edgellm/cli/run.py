@@ -38,6 +38,7 @@ def run(
     threads: options.Threads = 0,
     load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
     lora: options.LoraFiles = None,
+    draft: options.DraftName = options.DEFAULT_DRAFT,
 ) -> None:
     """Print one answer and exit. The prompt is an argument, or piped in, or both."""
     if raw and system is not None:
@@ -56,7 +57,7 @@ def run(
     text = _whole_prompt(prompt)
     with options.open_model(model, params, lora) as loaded:
         sampling = options.sampling_params(loaded.path, SamplingParams(), given)
-        stream = _open_stream(loaded, text, system, raw, sampling)
+        stream = _open_stream(loaded, text, system, raw, sampling, draft)
         try:
             completion = _answer(stream, show=not as_json)
             if as_json:
@@ -76,12 +77,14 @@ def _whole_prompt(argument: str | None) -> str:
     return "\n\n".join(parts)
 
 
-def _open_stream(model: Model, text: str, system: str | None, raw: bool, sampling: SamplingParams) -> Stream:
+def _open_stream(
+    model: Model, text: str, system: str | None, raw: bool, sampling: SamplingParams, draft: str
+) -> Stream:
     show = percentage("reading")
     if raw:
-        return model.generate(text, sampling, on_progress=show)
+        return model.generate(text, sampling, draft=draft, on_progress=show)
     messages = [{"role": "system", "content": system}] if system else []
-    return model.chat([*messages, {"role": "user", "content": text}], sampling, on_progress=show)
+    return model.chat([*messages, {"role": "user", "content": text}], sampling, draft=draft, on_progress=show)
 
 
 def _answer(stream: Stream, show: bool) -> Completion:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 from edgellm.catalog.cards import card_for, resolve
 from edgellm.config import LoadParams
@@ -15,13 +13,11 @@ from edgellm.gguf_header import GGUFHeader, check_loadable
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.speculation.depth import MAX_DRAFT, Depth
-from edgellm.speculation.drafts import Draft, NgramDraft
+from edgellm.speculation.drafts import Draft, DraftChoice, NgramDraft
 from edgellm.speculation.model_draft import ModelDraft, check_same_vocabulary
 from edgellm.speculation.verify import Speculator
 
 logger = logging.getLogger(__name__)
-
-DraftChoice: TypeAlias = str | Path | Sequence[str | Path]  # auto, off, ngram, a file after ngram; or just these
 
 PARTNER_KEY = "edgellm.draft"  # of a GGUF: the file of its draft, from the model's own folder on
 N_OUTPUTS = MAX_DRAFT + 1

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm.catalog import cards
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
-from edgellm.engine.drafts import N_OUTPUTS, DraftChoice, Drafts
+from edgellm.engine.drafts import N_OUTPUTS, Drafts
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
@@ -30,6 +30,7 @@ from edgellm.gguf_header import check_loadable
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.native.sampler import Sampler
+from edgellm.speculation.drafts import DraftChoice
 from edgellm.text import ControlMarker
 
 if TYPE_CHECKING:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
+
+DraftChoice: TypeAlias = str | Path | Sequence[str | Path]  # auto, off, ngram, a file after ngram; or just these
 
 _NEEDLE = 2  # tokens that must match before anything is guessed
 _CANDIDATES = 16  # latest places looked at
