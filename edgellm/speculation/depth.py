@@ -48,6 +48,11 @@ class Depth:
         known.probes = self._loss(known, probe) <= self._for_probes
         return probe if known.probes else 0
 
+    def best_gain(self, source: str, most: int) -> float:
+        """Expected tokens for each plain step's time, at the best number of at most `most` guesses of the source."""
+        known = self._sources.setdefault(source, _Source())
+        return max((self._gain(known, k) for k in range(1, min(most, MAX_DRAFT) + 1)), default=0.0)
+
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""
         self._steps.append(seconds)
