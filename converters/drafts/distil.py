@@ -99,7 +99,7 @@ def distil(
     seed: int = 1,
     n_steps: int | None = None,
     n_prompts: int = 12,
-    max_tokens: int = 128,
+    max_tokens: int = 64,
     report: str | Path | None = None,
     resume: bool = False,
     on_progress: OnProgress | None = None,

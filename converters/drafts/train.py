@@ -101,7 +101,6 @@ class Training:
                 progress.seconds = time.monotonic() - started
                 if self._trial_is_due(limits):
                     self._try(progress.seconds)
-                    started = time.monotonic() - progress.seconds  # trials don't count
                     if self._stalls():
                         progress.ended = "no better"
                 on_step(self, done)

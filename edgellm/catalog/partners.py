@@ -1,7 +1,7 @@
 """Which drafts are used for a model by default: what its own file says, or where that can't be written, a note.
 
-The note is for models inside Python packages or in folders of others. It lies in the user's data folder under a
-fingerprint of the model's bytes, so that it holds for every copy of the file and for no other one.
+The note is for models inside Python packages, in other programs' caches or in folders of others. It lies in the user's
+data folder under a fingerprint of the model's bytes, so that it holds for every copy of the file and for no other one.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def fingerprint(path: Path) -> str:
 def _is_ours_to_write(path: Path) -> bool:
     packages = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib", "stdlib")}
     in_package = any(path.is_relative_to(folder) for folder in packages)
-    return not in_package and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    in_cache = "blobs" in path.parts  # of Hugging Face or Ollama, where a file's name is its checksum
+    return not (in_package or in_cache) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _note(path: Path) -> Path:

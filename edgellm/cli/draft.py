@@ -37,7 +37,7 @@ def draft(
     ] = None,
     quant: Annotated[str, typer.Option("--quant", "-q", help="Recipe of a distilled draft.")] = "Q4_0",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts it is tried on, at most.")] = 12,
-    tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=8, help="Most tokens of an answer then.")] = 128,
+    tokens: Annotated[int, typer.Option("-n", "--max-tokens", min=8, help="Most tokens of an answer then.")] = 64,
     always: Annotated[bool, typer.Option("--always", help="Use it by default though it may not pay.")] = False,
     never: Annotated[bool, typer.Option("--never", help="Don't use it by default though it may pay.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the training, and of text that the model writes.")] = 1,

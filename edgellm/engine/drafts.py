@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -80,10 +81,14 @@ class Drafts:
                 draft.close()
         self._opened.clear()
 
+    @cached_property
+    def _partner_files(self) -> list[Path]:
+        return partner_files(self._header)
+
     def _partners(self) -> list[Draft]:
         """Those the model's file or card names, as far as they are here and fit."""
         partners: list[Draft] = []
-        for path in partner_files(self._header):
+        for path in self._partner_files:
             if path in self._unusable:
                 continue
             try:

@@ -51,7 +51,7 @@ def make_index(
     minutes: float | None = None,
     seed: int = 1,
     n_prompts: int = 12,
-    max_tokens: int = 128,
+    max_tokens: int = 64,
     on_progress: OnProgress | None = None,
 ) -> IndexMade:
     """Index a file's documents, or what the model writes itself ("self", for so many minutes), as a draft for `model`.

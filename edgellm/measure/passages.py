@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,7 +20,7 @@ from edgellm.errors import GenerationError, TextError
 from edgellm.measure.scoring import OnProgress
 from edgellm.measure.texts import SELF, SELF_SEED
 
-_USER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a question in a rendered template
+_UNLIKE = ("Hello", "7")  # two questions without a common beginning
 _QUESTION_TOKENS, _ANSWER_TOKENS = 96, 384
 _ANSWER_TEMPERATURE = 0.7  # as in chats
 _PROMPT_SHARE, _PROMPT_TOKENS = 2, 256  # of a plain text: its first half, at most so much, is the prompt
@@ -114,13 +115,13 @@ def own_dialogues(
 def _own_dialogue(model: Model, seed: int) -> Passage:
     start = [model.bos] if model.bos is not None else model.tokenize("\n")[:1]
     try:
-        empty = model.chat_tokens([{"role": "user", "content": _USER}])
+        two = [model.chat_tokens([{"role": "user", "content": text}]) for text in _UNLIKE]
     except GenerationError:
         return _written(model, start, SamplingParams(temperature=1.0, seed=seed, max_tokens=_ANSWER_TOKENS))
-    mark = model.tokenize(_USER)
-    at = next((i for i in range(len(empty)) if empty[i : i + len(mark)] == mark), len(empty))
+    # what the template puts before a question
+    before = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*two, strict=False))]
     asking = SamplingParams(temperature=1.0, seed=seed, max_tokens=_QUESTION_TOKENS, stop=("\n",))
-    question = model.complete(empty[:at] or start, asking).text.strip()
+    question = model.complete(before or start, asking).text.strip()
     prompt = model.chat_tokens([{"role": "user", "content": question or "Hello!"}])
     answering = SamplingParams(temperature=_ANSWER_TEMPERATURE, seed=seed + 1, max_tokens=_ANSWER_TOKENS)
     return _written(model, prompt, answering)

@@ -48,10 +48,9 @@ class Depth:
         known.probes = self._loss(known, probe) <= self._for_probes
         return probe if known.probes else 0
 
-    def best_gain(self, source: str, most: int) -> float:
-        """Expected tokens for each plain step's time, at the best number of at most `most` guesses of the source."""
-        known = self._sources.setdefault(source, _Source())
-        return max((self._gain(known, k) for k in range(1, min(most, MAX_DRAFT) + 1)), default=0.0)
+    def expected(self, source: str, n: int) -> float:
+        """Tokens that a check of n guesses of the source is expected to yield."""
+        return self._sources.setdefault(source, _Source()).expected(min(n, MAX_DRAFT))
 
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""

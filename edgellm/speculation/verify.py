@@ -62,7 +62,7 @@ class Speculator:
     def _best_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
         proposals = [proposal for draft in drafts if (proposal := draft.propose(history, most)).tokens]
         if len(proposals) > 1:
-            proposals.sort(key=lambda p: self.depth.best_gain(p.source, len(p.tokens)), reverse=True)
+            proposals.sort(key=lambda p: self.depth.expected(p.source, len(p.tokens)), reverse=True)
         for proposal in proposals:
             if n := self.depth.choose(proposal.source, len(proposal.tokens)):
                 return proposal._replace(tokens=proposal.tokens[:n])
