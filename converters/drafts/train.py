@@ -31,7 +31,8 @@ _BETTER = 1e-3
 @dataclass(frozen=True)
 class Trial:
     """agreement: share of held-out positions where student and target find the same token likeliest. loss: nats of KL
-    divergence there, over the target's likeliest tokens. trained: the loss in training since the last trial, None before any.
+    divergence there, over the target's likeliest tokens. trained: the loss in training since the last trial;
+    None before any.
     """
 
     step: int
