@@ -90,7 +90,7 @@ def of_model(folder: Path, text: Path | None, minutes: float) -> dict[str, Any]:
     print(f"distilled: {how}")
     return {
         "distillation": how,
-        "before": shown("(b) 666 M synthetic, the draft before training", measure_draft(large, before, prompts[:4])),
+        "before": shown("(b) 666 M synthetic, the draft before training", measure_draft(large, before, prompts[:3])),
         "after": shown("(b) 666 M synthetic, the distilled draft", measure_draft(large, draft, prompts)),
     }
 

@@ -31,14 +31,15 @@ _BETTER = 1e-3
 @dataclass(frozen=True)
 class Trial:
     """agreement: share of held-out positions where student and target find the same token likeliest. loss: nats of KL
-    divergence there, over the target's likeliest tokens. trained: the loss in training since the last trial.
+    divergence there, over the target's likeliest tokens. trained: the loss in training since the last trial;
+    None before any.
     """
 
     step: int
     seconds: float
     agreement: float
     loss: float
-    trained: float
+    trained: float | None
 
 
 @dataclass
@@ -175,7 +176,7 @@ class Training:
                 total += float(_divergence(logits, top, one.log_probs).sum())
                 n_same += int((logits.argmax(-1) == top[:, 0]).sum())
                 n += len(top)
-        trained = float(np.mean(self._losses)) if self._losses else float("nan")
+        trained = float(np.mean(self._losses)) if self._losses else None
         self._losses.clear()
         trials = self.progress.trials
         is_best = not trials or n_same / n > self.progress.best.agreement

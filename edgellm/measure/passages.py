@@ -98,8 +98,8 @@ def own_dialogues(
 ) -> Iterator[Passage]:
     """Questions that the model makes up where its template has a user speak, and its answers to them.
 
-    Xu et al. 2024 ("Magpie"). A model without a template goes on from the beginning of a text. The same for the same
-    seed, but for where `seconds` end it.
+    Xu et al. 2024 ("Magpie"). A model without a template goes on from the beginning of a text. Another seed gives other
+    texts; the same one similar ones, as several tokens evaluated together are rounded otherwise than one by one.
     """
     ends, written, number = monotonic() + seconds, 0, 0
     while written < n_tokens and monotonic() < ends:

@@ -131,7 +131,8 @@ def test_divergence_falls_and_the_best_is_kept(gguf: Path) -> None:
     assert progress.ended == "steps"
     assert progress.step == 60
     assert [trial.step for trial in progress.trials] == [0, 20, 40, 60]
-    assert progress.trials[-1].trained < 0.8 * progress.trials[1].trained
+    trained = [trial.trained for trial in progress.trials[1:] if trial.trained is not None]
+    assert trained[-1] < 0.8 * trained[0]
     assert progress.best.agreement == max(trial.agreement for trial in progress.trials)
 
 
@@ -194,6 +195,7 @@ def test_a_draft_is_written_measured_and_used(kind: str, folder: Path, gguf: Pat
     assert made.n_silent == 2
     assert made.target == (gguf if kind == "gguf" else None)
     assert made.progress.trials[-1].loss < made.progress.trials[0].loss
+    json.loads(json.dumps(made.as_dict(), allow_nan=False))
     header = read_header(out)
     assert header.metadata["llama.block_count"] == 3
     assert header.metadata["edgellm.draft_of"] == source.name

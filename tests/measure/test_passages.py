@@ -61,8 +61,6 @@ def test_a_plain_text_is_cut_at_paragraphs(model_path: Path, tmp_path: Path) -> 
 
 def test_a_model_asks_and_answers_itself(model: edgellm.Model) -> None:
     first = list(own_dialogues(model, 150, seed=5))
-    again = list(own_dialogues(model, 150, seed=5))
-    assert [one.tokens for one in first] == [one.tokens for one in again]
     assert sum(len(one.tokens) for one in first) >= 150
     for one in first:
         prompt = model.detokenize(one.prompt, special=True)
