@@ -27,6 +27,8 @@ _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERR
 _CONTINUE = 5
 _KEPT_ERRORS = 8
 
+PACKAGE = "llama_cpp"
+
 _load_lock = threading.Lock()
 _bindings: Any = None
 _log_callback: Any = None  # ctypes keeps no reference of its own
