@@ -21,7 +21,7 @@ from edgellm.errors import GenerationError
 from edgellm.measure.footprint import footprint
 from edgellm.native.peer import Peer
 
-OURS, THEIRS = "edgellm", "llama_cpp.Llama"
+OURS, THEIRS = "edgellm", "llama-cpp-python"
 ROUNDS = 5
 PROMPTS = (64, 512)  # tokens
 DEPTHS = (16, 512, 2000)  # tokens before what is written

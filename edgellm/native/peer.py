@@ -31,7 +31,7 @@ class Peer:
                 verbose=False,
             )
         except (ValueError, OSError, AssertionError) as exc:
-            raise GenerationError(f"llama_cpp.Llama can't load {path.name}: {exc}") from exc
+            raise GenerationError(f"the class Llama of {library.PACKAGE} can't load {path.name}: {exc}") from exc
         finally:
             library.claim_log()  # importing the package put its own in place of ours
 
