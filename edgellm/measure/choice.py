@@ -26,9 +26,11 @@ KINDS = (
     Attention("bf16", True),
     Attention("q8_0", True),
 )
+# how many depths and kinds, the most telling first: what matters most is which kind is fastest deep in a context
+_PREFERRED = ((3, 5), (3, 4), (3, 3), (3, 2), (2, 4), (2, 2), (1, 4), (1, 2))
 _SLACK = 0.015  # of a time: differences that interleaved measuring can't tell from none
 _WORTH = 0.03  # what a batch of another size, or copied weights, must bring
-_DEEPER = 1.5  # a decode deep in a context, or one with a slower kind of attention, takes so many times as long
+_DEEPER = 1.4  # deep in a context, or with a slower kind of attention, a token takes so many times as long
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def plan_attention(speed: Timed, seconds: float, n_ctx_max: int, n_kinds_in_memo
     n_ctx_max: tokens the model was trained with. n_kinds_in_memory: contexts there is room for at a time.
     """
     depths = tuple(depth for depth in DEPTHS if depth == 0 or depth + 2 * N_STEPS <= n_ctx_max)
-    for n_depths, n_kinds in ((3, 5), (3, 4), (2, 5), (2, 4), (3, 2), (2, 2), (1, 4), (1, 2)):
+    for n_depths, n_kinds in _PREFERRED:
         few, kinds = depths[:n_depths], KINDS[:n_kinds]
         if n_kinds <= n_kinds_in_memory and attention_seconds(speed, few, n_kinds) <= seconds:
             return AttentionPlan(few, kinds, tuple(_words(few, depths, kinds)))

@@ -49,7 +49,7 @@ _ROOM = 512  # tokens beyond: what is decoded at all depths by models that can't
 
 _READ = 64  # tokens of the prompts that threads and load modes are compared with
 _READ_LONG = 1024  # and batches
-_STAGE_S = 4.0  # patience of one comparison
+_STAGE_S = 3.0  # patience of one comparison
 _DISTURBED = 1.5  # times as long as expected, on a machine that has other work too
 _TEXT = (
     "The lighthouse stood at the end of a long pier, and every evening the keeper walked out with a lamp and a book. "
