@@ -97,7 +97,9 @@ def memory_lines(memory: dict[str, dict[str, int]]) -> list[str]:
     return lines
 
 
-def speculation_line(found: dict[str, Any]) -> str:
+def speculation_line(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "what guessing brings wasn't measured: the model's context is too short"
     accepted = f", {found['accepted']:.0%} of the guesses right" if found["accepted"] is not None else ""
     return (
         f"copying a text: {found['off']['median']:.0f} tok/s without guesses, {found['auto']['median']:.0f} with, "

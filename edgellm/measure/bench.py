@@ -26,7 +26,7 @@ ROUNDS = 5
 PROMPTS = (64, 512)  # tokens
 DEPTHS = (16, 512, 2000)  # tokens before what is written
 N_WRITTEN = 32  # tokens of a round
-_N_COPIED = 96
+_N_COPIED, _N_CTX_COPY = 96, 512  # tokens written, and in all
 _TEXT = (
     "Every morning the baker opens the shop at six, sweeps the floor, lights the oven and puts the prices on a board. "
     "Bread costs two coins, a cake costs five, and what is left in the evening goes to the school across the street. "
@@ -96,7 +96,7 @@ def bench(
     compare: also time `llama_cpp.Llama`. Errors: those of `load`; GenerationError for a model that writes no text.
     """
     progress = on_progress or (lambda label, fraction: None)
-    params = replace(params or LoadParams(), n_ctx=max(DEPTHS) + N_WRITTEN + 8)
+    params = replace(params or LoadParams(), n_ctx=max(*DEPTHS, _N_CTX_COPY) + N_WRITTEN + 8)
     progress("loading", 0.0)
     with ExitStack() as stack:
         ours = stack.enter_context(closing(_Ours(path, params)))
@@ -199,8 +199,12 @@ def _load_time(openers: Mapping[str, Callable[[], Contestant]], rounds: int) -> 
     return _figure("load", 0, times)
 
 
-def _speculation(model: Model, rounds: int) -> dict[str, Any]:
-    """Writing what mostly stands in the prompt, with and without guesses, in tokens per second."""
+def _speculation(model: Model, rounds: int) -> dict[str, Any] | None:
+    """Writing what mostly stands in the prompt, with and without guesses, in tokens per second. None: a context too
+    short for that.
+    """
+    if len(model.tokenize(_COPY)) + 1 + _N_COPIED > model.n_ctx:
+        return None
     speeds: dict[str, list[float]] = {"off": [], "auto": []}
     drafted = accepted = 0
     for i in range(rounds + 1):

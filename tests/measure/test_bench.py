@@ -39,7 +39,7 @@ def test_both_are_timed_at_everything(found: dict[str, Any], model_path: Path) -
         ours, theirs = (value["median"] for value in figure["values"].values())
         assert figure["ratio"] == pytest.approx(ours / theirs)
     assert found["n_bytes"] == model_path.stat().st_size
-    assert found["settings"]["n_ctx"] == 48 + 6 + 8
+    assert found["settings"]["n_ctx"] == 512 + 6 + 8
     json.dumps(found)
 
 
@@ -47,6 +47,7 @@ def test_guesses_are_right_where_a_text_is_copied(found: dict[str, Any]) -> None
     assert found["speculation"]["off"]["median"] > 0
     assert found["speculation"]["accepted"] is None or 0 <= found["speculation"]["accepted"] <= 1
     assert "times as fast" in speculation_line(found["speculation"])
+    assert "too short" in speculation_line(None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
