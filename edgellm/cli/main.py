@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import edgellm
+from edgellm.cli.bench import bench
 from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
 from edgellm.cli.convert import convert
@@ -20,6 +21,7 @@ from edgellm.cli.draft import draft
 from edgellm.cli.eval import evaluate
 from edgellm.cli.inspect import inspect
 from edgellm.cli.run import run
+from edgellm.cli.tune import tune
 
 app = typer.Typer(
     name="edgellm",
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, chat, run, draft, inspect, demo):
+for command in (convert, chat, run, draft, inspect, tune, bench, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -24,9 +24,16 @@ MinP: TypeAlias = Annotated[float | None, typer.Option(help="Leave out tokens be
 System: TypeAlias = Annotated[str | None, typer.Option(help="System message.")]
 Stop: TypeAlias = Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")]
 NCtx: TypeAlias = Annotated[int, typer.Option(help="Tokens of context; 0 = as the model was trained.")]
-Threads: TypeAlias = Annotated[int, typer.Option(help="CPU threads; 0 = all cores.")]
+Threads: TypeAlias = Annotated[int, typer.Option(help="CPU threads; 0 = as tuned, or all cores.")]
 LoadModeName: TypeAlias = Annotated[
-    str, typer.Option("--load-mode", help="repack (fastest), mmap (least memory) or mlock (mmap, kept in memory).")
+    str | None,
+    typer.Option("--load-mode", help="repack (mostly fastest), mmap (least memory) or mlock (mmap, kept in memory)."),
+]
+KVTypeName: TypeAlias = Annotated[
+    str | None, typer.Option("--kv", help="Type of the context's memory: f16, bf16, f32, or q8_0 (half the size).")
+]
+FlashAttention: TypeAlias = Annotated[
+    bool | None, typer.Option("--flash-attn/--no-flash-attn", help="Flash attention, instead of what was tuned.")
 ]
 LoraFiles: TypeAlias = Annotated[
     list[str] | None,
@@ -43,12 +50,19 @@ DraftName: TypeAlias = Annotated[
 ]
 
 DEFAULT_DRAFT = "auto"
-DEFAULT_LOAD_MODE = "repack"
 
 
-def load_params(n_ctx: int = DEFAULT_N_CTX, threads: int = 0, load_mode: str = DEFAULT_LOAD_MODE) -> LoadParams:
+def load_params(
+    n_ctx: int = DEFAULT_N_CTX,
+    threads: int = 0,
+    load_mode: str | None = None,
+    kv_type: str | None = None,
+    flash_attn: bool | None = None,
+) -> LoadParams:
+    """What isn't given is left to `edgellm tune`, or the defaults."""
+    given = {"n_ctx": n_ctx, "n_threads": threads, "load_mode": load_mode, "kv_type": kv_type, "flash_attn": flash_attn}
     try:
-        return LoadParams(n_ctx=n_ctx, n_threads=threads, load_mode=load_mode)  # type: ignore[arg-type]
+        return LoadParams(**given)  # type: ignore[arg-type]
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from exc
 

@@ -36,7 +36,9 @@ def run(
     stop: options.Stop = None,
     n_ctx: options.NCtx = DEFAULT_N_CTX,
     threads: options.Threads = 0,
-    load_mode: options.LoadModeName = options.DEFAULT_LOAD_MODE,
+    load_mode: options.LoadModeName = None,
+    kv_type: options.KVTypeName = None,
+    flash_attn: options.FlashAttention = None,
     lora: options.LoraFiles = None,
     draft: options.DraftName = options.DEFAULT_DRAFT,
 ) -> None:
@@ -52,7 +54,7 @@ def run(
         "min_p": min_p,
         "stop": stop or None,
     }
-    params = options.load_params(n_ctx, threads, load_mode)
+    params = options.load_params(n_ctx, threads, load_mode, kv_type, flash_attn)
     options.check_sampling(given)
     text = _whole_prompt(prompt)
     with options.open_model(model, params, lora) as loaded:
@@ -118,4 +120,5 @@ def _as_json(model: Model, completion: Completion) -> dict[str, object]:
             "total_tokens": stats.prompt_tokens + stats.completion_tokens,
         },
         "stats": asdict(stats),
+        "settings": dict(model.settings),
     }

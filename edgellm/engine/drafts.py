@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -29,12 +30,19 @@ _N_CTX = 2048  # of a draft's context; it begins anew where that is full
 class Drafts:
     """The drafts of one model. Who uses it holds the model's turn; `abort` may come from any thread."""
 
-    def __init__(self, header: GGUFHeader, native: NativeModel, params: LoadParams) -> None:
+    def __init__(
+        self,
+        header: GGUFHeader,
+        native: NativeModel,
+        params: LoadParams,
+        verify_cost: Mapping[int, float] | None = None,
+    ) -> None:
+        """verify_cost: of evaluating so many tokens together, in plain steps, where `edgellm tune` measured it."""
         self._header, self._native, self._params = header, native, params
         self._opened: dict[Path, ModelDraft | IndexDraft] = {}
         self._contexts: list[Context] = []
         self._unusable: dict[Path, str] = {}
-        self.depth = Depth()
+        self.depth = Depth(verify_cost or None)
 
     def speculator(self, choice: DraftChoice) -> Speculator | None:
         """For one generation; None where nothing shall be guessed.
@@ -57,7 +65,7 @@ class Drafts:
         """Why this model can't use guesses; "" if it can."""
         if self._native.is_recurrent:
             return "this model's state can't be taken back token by token"
-        return "" if self._params.n_batch > 1 else "n_batch is 1"
+        return "n_batch is 1" if self._params.n_batch == 1 else ""
 
     def abort(self) -> None:
         for context in tuple(self._contexts):

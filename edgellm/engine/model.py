@@ -22,7 +22,9 @@ from edgellm.catalog import cards
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import N_OUTPUTS, Drafts
+from edgellm.engine.memory import check_fits
 from edgellm.engine.stream import Stream, Ticket, iterate_async
+from edgellm.engine.tuned import settings_in_force, settle, tuning_for
 from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
@@ -67,8 +69,8 @@ def load(
 
     lora: adapters to add to it, as for `Model.set_lora`.
     on_progress: called with the fraction loaded, 0 to 1; returning False cancels.
-    Errors: ModelFileError (no such file, damaged, unsupported), AdapterError, Cancelled, GenerationError (no memory
-    for n_ctx).
+    Errors: ModelFileError (no such file, damaged, unsupported), AdapterError, Cancelled, GenerationError (not
+    enough memory).
     """
     path = path_or_name if isinstance(path_or_name, Path) else cards.resolve(path_or_name)
     model = Model(path, params or LoadParams(), on_progress=on_progress)
@@ -81,10 +83,17 @@ def load(
 
 
 class Model:
-    """A loaded model; use it as a context manager, or call `close`. Made by `load`."""
+    """A loaded model; use it as a context manager, or call `close`. Made by `load`.
+
+    settings: those in force: n_ctx, n_threads, n_batch, kv_type, flash_attn (None: llama.cpp chose), load_mode, tuned
+    (whether `edgellm tune` had a say).
+    """
 
     def __init__(self, path: Path, params: LoadParams, *, on_progress: Progress | None = None) -> None:
         header = check_loadable(path)
+        tuning = tuning_for(path) if params.tuned else None
+        params = settle(params, tuning)
+        check_fits(header, params)
         self.path = path
         self.params = params
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
@@ -92,7 +101,7 @@ class Model:
         self._native = NativeModel(
             path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
         )
-        self._drafts = Drafts(header, self._native, params)
+        self._drafts = Drafts(header, self._native, params, tuning.verify_cost if tuning else None)
         self._vocab = self._native.vocab
         self._marker = ControlMarker(self._vocab)
         self._turn = Turn()
@@ -107,6 +116,7 @@ class Model:
             self._native.close()
             raise
         self.n_ctx = self._context.n_ctx
+        self.settings: Mapping[str, Any] = settings_in_force(self._context, params, tuning)
 
     def __enter__(self) -> Model:
         return self

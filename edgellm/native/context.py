@@ -99,6 +99,12 @@ class Context:
         """Stop a decode that runs on another thread, then free the samplers and the context. Twice is fine."""
         self._free()
 
+    def set_threads(self, n_threads: int) -> None:
+        """How many threads the decodes from now on use."""
+        with self._native.lock:
+            self._lib.llama_set_n_threads(self._open_pointer(), n_threads, n_threads)
+            self.n_threads = n_threads
+
     def abort(self) -> None:
         """Make the decode that is running, or else the next, raise Cancelled. From any thread."""
         self._native.abort_flag[0] = 1

@@ -6,7 +6,7 @@ import ctypes
 import sys
 from typing import Any
 
-from edgellm.config import LoadParams, physical_cpu_count
+from edgellm.config import DEFAULT_KV_TYPE, DEFAULT_N_BATCH, LoadParams, physical_cpu_count
 
 _KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # ggml type ids
 
@@ -24,11 +24,11 @@ def context_params(lib: Any, params: LoadParams, n_ctx: int, n_outputs: int) -> 
     """llama.cpp's own, as `params` has them."""
     native = lib.llama_context_default_params()
     native.n_ctx = n_ctx
-    native.n_batch = native.n_ubatch = min(params.n_batch, n_ctx)
+    native.n_batch = native.n_ubatch = min(params.n_batch or DEFAULT_N_BATCH, n_ctx)
     native.n_outputs_max = min(n_outputs, native.n_batch)
     native.n_outputs_max_per_seq = 0
     native.n_threads = native.n_threads_batch = params.n_threads or physical_cpu_count()
-    native.type_k = native.type_v = _KV_TYPES[params.kv_type]
+    native.type_k = native.type_v = _KV_TYPES[params.kv_type or DEFAULT_KV_TYPE]
     flash_attention = {
         None: lib.LLAMA_FLASH_ATTN_TYPE_AUTO,
         True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,

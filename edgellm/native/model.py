@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edgellm.config import LoadMode
+from edgellm.config import DEFAULT_LOAD_MODE, LoadMode
 from edgellm.errors import Cancelled, GenerationError, ModelFileError
 from edgellm.native import library
 
@@ -32,7 +32,7 @@ class NativeModel:
         self,
         path: Path,
         *,
-        load_mode: LoadMode | Literal["copy"] = "repack",
+        load_mode: LoadMode | Literal["copy"] | None = None,
         n_gpu_layers: int = -1,
         on_progress: LoadProgress | None = None,
     ) -> None:
@@ -42,6 +42,7 @@ class NativeModel:
         library.forget_errors()
         watch = _ProgressWatch(on_progress)
         params = lib.llama_model_default_params()
+        load_mode = load_mode or DEFAULT_LOAD_MODE
         mmap, mlock = lib.LLAMA_LOAD_MODE_MMAP, lib.LLAMA_LOAD_MODE_MMAP_MLOCK
         modes = {"mlock": mlock, "copy": lib.LLAMA_LOAD_MODE_NONE}  # copy: memory of our own, as it is in the file
         params.load_mode = modes.get(load_mode, mmap)
