@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm.catalog import cards
 from edgellm.config import LoadParams, SamplingParams
+from edgellm.constraint import Matcher, grammar_of
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import N_OUTPUTS, Drafts
 from edgellm.engine.stream import Stream, Ticket, iterate_async
@@ -29,7 +30,7 @@ from edgellm.generation import FinishReason, GenerationResponse, GenerationStats
 from edgellm.gguf_header import check_loadable
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
-from edgellm.native.sampler import Sampler
+from edgellm.native.sampler import ConstrainedSampler, Sampler
 from edgellm.speculation.drafts import DraftChoice
 from edgellm.text import ControlMarker
 
@@ -341,8 +342,21 @@ class Model:
         on_progress: Progress | None,
     ) -> Generator[GenerationResponse, None, None]:
         with self._turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
-            speculator = self._drafts.speculator(draft)
-            yield from stream_generate(self._context, sampler, self._vocab, prompt, params, on_progress, speculator)
+            matcher = self._matcher(params)
+            chooser = sampler if matcher is None else ConstrainedSampler(sampler, matcher)
+            speculator = self._drafts.speculator(draft, matcher)
+            yield from stream_generate(self._context, chooser, self._vocab, prompt, params, on_progress, speculator)
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        """Of the answer's form, from its beginning. GenerationError where the form can't be used."""
+        grammar = grammar_of(params) if params.is_constrained else None
+        return None if grammar is None else Matcher(self._grammar_tokenizer, grammar)
+
+    @functools.cached_property
+    def _grammar_tokenizer(self) -> Any:
+        from edgellm.native.grammar import grammar_tokenizer
+
+        return grammar_tokenizer(self._vocab)
 
     @contextlib.contextmanager
     def _turn_of(self, ticket: Ticket) -> Iterator[None]:

@@ -336,6 +336,11 @@ class Context:
         with self._native.lock:
             return int(self._row(np, i).argmax())
 
+    def look(self, np: ModuleType, i: int | None, see: Callable[[Any], int]) -> int:
+        """What `see` makes of the logits of the same choice, float32 (n_vocab,), which it must not keep or change."""
+        with self._native.lock:
+            return see(self._row(np, i))
+
     def likeliest_and_probability(self, np: ModuleType) -> tuple[int, float]:
         """`likeliest` after the last evaluated token, and the probability the model gives it."""
         with self._native.lock:
