@@ -89,7 +89,7 @@ def _to_checkpoint(
 
         write_shards(partial_folder, tensors, dtype, on_tensor)
         n_ctx = int(source.metadata.get(f"{arch.name}.context_length", 2048))
-        _write_small_files(partial_folder, config, vocabulary, tokenizer, n_ctx)
+        write_small_files(partial_folder, config, vocabulary, tokenizer, n_ctx)
         pooling = POOLING_NAMES.get(source.metadata.get(f"{arch.name}.pooling_type", 0))
         if pooling:
             write_modules(partial_folder, pooling)
@@ -196,7 +196,7 @@ def _read_back(parts: Sequence[tuple[SourceTensor, Weight]], sizes: Sizes) -> Ar
     return values.reshape(shape)
 
 
-def _write_small_files(
+def write_small_files(
     folder: Path, config: Mapping[str, Any], vocabulary: Vocabulary, tokenizer: Mapping[str, Any], n_ctx: int
 ) -> None:
     dump_json(folder / "config.json", config)

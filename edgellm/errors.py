@@ -86,6 +86,8 @@ class Cancelled(GenerationError):
 class DraftMismatch(EdgeLLMError):
     """The draft model's vocabulary isn't the target's; the message names the first differing token."""
 
+    exit_code = 3
+
 
 class SessionError(EdgeLLMError):
     """A session file is damaged, stale, or belongs to another model."""

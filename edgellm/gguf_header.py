@@ -89,6 +89,10 @@ class GGUFHeader:
     tensors: dict[str, TensorInfo]
     n_bytes: int
     kinds: dict[str, int]  # of each metadata entry: its GGUF value type
+    spans: dict[str, tuple[int, int]]  # of each: from where to where it stands in the file
+    data_start: int  # where the first tensor's bytes begin
+    infos_end: int  # where the list of tensors before them ends
+    alignment: int
 
     @property
     def architecture(self) -> str:
@@ -230,18 +234,24 @@ class _Parser:
             raise self.bad(f"it announces {n_kv} metadata entries and {n_tensors} tensors, more than it can hold")
         metadata: dict[str, Any] = {}
         kinds: dict[str, int] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(n_kv):
+            start = self.pos
             key = self.string()
             if key in metadata:
                 raise self.bad(f"metadata key {key!r} stands twice")
             kinds[key] = self.scalar("I")
             metadata[key] = self.value(kinds[key])
+            spans[key] = (start, self.pos)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
             raise self.bad(f"general.alignment is {alignment!r}, not a power of two")
         infos = [self.tensor_info() for _ in range(n_tensors)]
-        tensors = self.place(infos, (self.pos + alignment - 1) // alignment * alignment, alignment)
-        return GGUFHeader(self.path, version, metadata, tensors, self.n_bytes, kinds)
+        data_start = (self.pos + alignment - 1) // alignment * alignment
+        tensors = self.place(infos, data_start, alignment)
+        return GGUFHeader(
+            self.path, version, metadata, tensors, self.n_bytes, kinds, spans, data_start, self.pos, alignment
+        )
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         name, n_dims = self.string(), self.scalar("I")

@@ -16,6 +16,7 @@ from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
 from edgellm.cli.convert import convert
 from edgellm.cli.demo import demo
+from edgellm.cli.draft import draft
 from edgellm.cli.eval import evaluate
 from edgellm.cli.inspect import inspect
 from edgellm.cli.run import run
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, chat, run, inspect, demo):
+for command in (convert, chat, run, draft, inspect, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

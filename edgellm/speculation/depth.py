@@ -51,6 +51,10 @@ class Depth:
         known.probes = self._loss(known, probe) <= self._for_probes
         return probe if known.probes else 0
 
+    def expected(self, source: str, n: int) -> float:
+        """Tokens that a check of n guesses of the source is expected to yield."""
+        return self._sources.setdefault(source, _Source()).expected(min(n, MAX_DRAFT))
+
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""
         self._steps.append(seconds)

@@ -6,7 +6,8 @@ the evaluation in between. So the answer has the model's own distribution at any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from time import perf_counter
 from typing import Protocol
 
@@ -36,8 +37,9 @@ class ChooserAt(Protocol):
 
 
 class Speculator:
-    """The drafts of one generation, the first that has a guess worth checking is asked; and figures of it.
+    """The drafts of one generation, asked in turn until one has a guess worth checking; and figures of it.
 
+    Of free ones that follow one another all are asked, and what is expected to bring most is checked.
     drafted, accepted: guesses checked, and right. draft_seconds: time the drafts took.
     """
 
@@ -48,14 +50,30 @@ class Speculator:
 
     def propose(self, history: Sequence[int], most: int) -> Proposal:
         """At most `most` guesses of what follows the history."""
-        for draft in self.drafts if most > 0 else ():
-            k = most if draft.is_free else self.depth.choose(draft.name, most)
-            proposal = draft.propose(history, k) if k else NOTHING
-            n = len(proposal.tokens)
-            if draft.is_free and n:
-                n = self.depth.choose(proposal.source, n)
-            if n:
+        if most <= 0:
+            return NOTHING
+        for is_free, drafts in groupby(self.drafts, key=lambda draft: draft.is_free):
+            propose = self._best_of if is_free else self._first_of
+            found = propose(history, most, drafts)
+            if found.tokens:
+                return found
+        return NOTHING
+
+    def _best_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
+        proposals = [proposal for draft in drafts if (proposal := draft.propose(history, most)).tokens]
+        if len(proposals) > 1:
+            proposals.sort(key=lambda p: self.depth.expected(p.source, len(p.tokens)), reverse=True)
+        for proposal in proposals:
+            if n := self.depth.choose(proposal.source, len(proposal.tokens)):
                 return proposal._replace(tokens=proposal.tokens[:n])
+        return NOTHING
+
+    def _first_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
+        for draft in drafts:
+            k = self.depth.choose(draft.name, most)
+            proposal = draft.propose(history, k) if k else NOTHING
+            if proposal.tokens:
+                return proposal
         return NOTHING
 
     def checked(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:

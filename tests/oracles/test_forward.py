@@ -8,13 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters.drafts.student import Student
 from converters.forward import can_run, forward
 from converters.sources import open_source
+from edgellm.errors import UnsupportedArchitecture
 from tests.converters import tiny
 from tests.oracles.families import FIRST_TOKEN, make_reference, outputs
 from tests.oracles.family_cases import CASES, Case
 
 UNKNOWN = ("gpt2", "gpt-oss", "falcon-h1", "qwen35", "gemma4")
+TRAINABLE = {
+    *("llama-1", "llama-2", "llama-3", "llama-4", "llama-5", "smollm3-1", "smollm3-2", "qwen2-1", "qwen2-2", "qwen3-1"),
+    *("qwen3-2", "gemma-1", "gemma-2", "phi3-1", "phi3-2", "starcoder2-1", "starcoder2-2", "stablelm-1", "stablelm-2"),
+    *("granite-1", "granite-2", "glm4-1", "glm4-2", "mistral3-1", "mistral3-2", "arcee-1", "arcee-2"),
+}
 DECODERS = [case for case in CASES if not case.pooling]
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(FIRST_TOKEN, 1000, 100)]
 BOUND = 5e-5  # of max |Δ| over the logits' standard deviation; measured 1.1e-5 at most
@@ -53,3 +60,22 @@ def test_a_window_of_every_block_must_hold_the_text(tmp_path: Path) -> None:
     tiny.make_model(tmp_path, "mistral", sliding_window=64)
     source = open_source(tmp_path)
     assert [can_run(source, n) for n in (64, 65)] == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DECODERS, ids=lambda case: case.name)
+def test_the_forward_pass_for_training_is_the_same(case: Case, tmp_path: Path) -> None:
+    """Where a family's blocks can be trained as a draft; else it is refused with the reason."""
+    import torch
+
+    make_reference(case, tmp_path)
+    source = open_source(tmp_path)
+    if case.name not in TRAINABLE:
+        with pytest.raises(UnsupportedArchitecture, match="make a draft from text instead"):
+            Student(source)
+        return
+    student = Student(source)
+    with torch.no_grad():
+        logits = student.logits(student.hidden(torch.tensor([TOKENS])))[0].numpy()
+    expected = forward(source, TOKENS)
+    assert np.abs(logits - expected).max() < BOUND * expected.std()

@@ -117,6 +117,25 @@ def test_debug_shows_the_traceback_wherever_it_stands(broken: dict[str, Path]) -
         assert result.returncode == 3
 
 
+def test_drafts_are_chosen_by_name_and_change_no_answer(model_path: Path) -> None:
+    def answer(*options: str) -> dict[str, object]:
+        text = "Write a list of ten fruits, then the same list again."
+        arguments = ["run", model_path, text, "-n", "60", "--temperature", "0", "--json", *options]
+        document: dict[str, object] = json.loads(edgellm(*arguments).stdout)
+        return document
+
+    plain, guessed = answer("--draft", "off"), answer("--draft", "ngram")
+    assert plain["stats"]["drafted"] == 0  # type: ignore[index]
+    assert str(guessed["text"])[:40] == str(plain["text"])[:40]
+
+
+def test_a_draft_that_is_missing_or_damaged_is_one_line(model_path: Path, broken: dict[str, Path]) -> None:
+    for draft in (Path("none.gguf"), broken["text"], broken["truncated"]):
+        result = edgellm("run", model_path, "hi", "--draft", draft)
+        assert draft.name in only_line(result)
+        assert result.returncode == 3
+
+
 def test_the_answer_alone_is_on_stdout(model_path: Path) -> None:
     result = edgellm("run", model_path, "Say hello.", "-n", "400", "--temperature", "0")
     assert result.returncode == 0
