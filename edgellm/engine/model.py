@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import operator
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgellm.catalog import cards
+from edgellm.catalog.partners import fingerprint
+from edgellm.chat.session import Memory
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.constraint import Matcher, grammar_of
 from edgellm.engine.adapters import LoadedAdapters, Lora
@@ -28,9 +31,11 @@ from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
 from edgellm.gguf_header import check_loadable
+from edgellm.native import library
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.native.sampler import ConstrainedSampler, Sampler
+from edgellm.native.state import restore_state, save_state
 from edgellm.speculation.drafts import DraftChoice
 from edgellm.text import ControlMarker
 
@@ -274,6 +279,31 @@ class Model:
                 for context in self._contexts:
                     context.use_adapters(self._adapters.in_use)
                 self._adapters.free_unused()
+
+    @property
+    def memory_maker(self) -> Mapping[str, Any]:
+        """All that must be the same for a saved memory to be used: model, adapters, template, types of the KV cache."""
+        adapters = [(fingerprint(adapter.file.path), scale) for adapter, scale in self._adapters.in_use]
+        template = str(self.metadata.get("tokenizer.chat_template", ""))
+        return {
+            "model": fingerprint(self.path),
+            "adapters": adapters,
+            "template": hashlib.sha256(template.encode("utf-8", "replace")).hexdigest(),
+            "kv_type": self.params.kv_type,
+            "flash_attn": self.params.flash_attn,
+            "llama.cpp": library.version(),
+        }
+
+    def save_memory(self) -> Memory:
+        """What the model holds of the conversation it was last in. Waits for a running generation."""
+        with self._turn_of(Ticket(None)):
+            return Memory(tuple(self._context.tokens), self.memory_maker, save_state(self._context))
+
+    def restore_memory(self, memory: Memory) -> bool:
+        """Go on from a memory that a model with the same `memory_maker` saved. False, and nothing held, if it can't."""
+        with self._turn_of(Ticket(None)):
+            self._vocab.check_ids(memory.tokens)
+            return restore_state(self._context, memory.tokens, memory.data)
 
     def cancel(self) -> None:
         """Interrupt what this model is doing, from any thread, also in the middle of a prompt. Nothing = no effect."""

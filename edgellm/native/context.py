@@ -6,6 +6,7 @@ sees to that); `abort` and `close` may be called from any thread at any time, al
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import weakref
@@ -362,6 +363,18 @@ class Context:
         if not 0 <= i < self._n_logits:
             raise GenerationError(f"there are no logits at {i}; the last evaluation has {self._n_logits}")
         return i
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[tuple[Any, Any]]:
+        """(llama.cpp, pointer) of the context, which isn't freed meanwhile."""
+        with self._native.lock:
+            yield self._lib, self._open_pointer()
+
+    def holds_its_tokens(self) -> bool:
+        """Whether the memory ends where `tokens` does."""
+        with self._native.lock:
+            self._open_pointer()
+            return bool(self._memory_range()[1] == len(self.tokens) - 1)
 
     def adopt(self, sampler: object) -> None:
         """Have `sampler.close()` called before the context goes away."""
