@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import edgellm
+from edgellm.cli.batch import batch
 from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
 from edgellm.cli.convert import convert
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, chat, run, draft, inspect, demo):
+for command in (convert, chat, run, batch, draft, inspect, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import operator
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -26,6 +26,7 @@ from edgellm.config import LoadParams, SamplingParams
 from edgellm.constraint import Matcher, grammar_of
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import N_OUTPUTS, Drafts
+from edgellm.engine.parallel import Answer, Request, answer_all
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.turn import Turn
 from edgellm.errors import Cancelled, ContextFull, GenerationError
@@ -34,6 +35,7 @@ from edgellm.gguf_header import check_loadable
 from edgellm.native import library
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
+from edgellm.native.parallel import ParallelContext
 from edgellm.native.sampler import ConstrainedSampler, Sampler
 from edgellm.native.state import restore_state, save_state
 from edgellm.speculation.drafts import DraftChoice
@@ -106,7 +108,7 @@ class Model:
         self._active_lock = threading.RLock()  # re-entrant: the garbage collector may end a stream anywhere
         self._closing = threading.Lock()
         self._closed = False
-        self._contexts: set[Context] = set()
+        self._contexts: set[Context | ParallelContext] = set()
         try:
             self._context = self._open_context(params, n_outputs=N_OUTPUTS)
         except BaseException:
@@ -416,6 +418,30 @@ class Model:
                 self._drafts.abort()
                 for context in tuple(self._contexts):
                     context.abort()
+
+    def answer_all(
+        self, requests: Iterable[Request], n_parallel: int = 8, *, n_ctx: int | None = None
+    ) -> Iterator[Answer]:
+        """Answers to many prompts, n_parallel of them at a time in one context, in the order they are finished.
+
+        n_ctx: tokens of context for each; None = as many as this model was loaded with. It doesn't disturb a chat,
+        whose turn it waits for and holds.
+        Errors: GenerationError (no memory), Cancelled. A request that can't be answered gives an Answer with an error.
+        """
+        with self._turn_of(Ticket(None)):
+            with self._closing:
+                self._check_open()
+                limit = self._native.n_ctx_train or (n_ctx or self.n_ctx)
+                each = min(n_ctx or self.n_ctx, limit)
+                params = replace(self.params, n_ctx=each * n_parallel, n_batch=max(n_parallel, self.params.n_batch))
+                context = ParallelContext(self._native, params, n_parallel)
+                self._contexts.add(context)
+            try:
+                context.use_adapters(self._adapters.in_use)
+                yield from answer_all(context, self._vocab, requests)
+            finally:
+                context.close()
+                self._contexts.discard(context)
 
     @contextlib.contextmanager
     def _side_context(

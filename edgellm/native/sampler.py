@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,15 @@ def _penalty_window(params: SamplingParams, n_ctx: int) -> int:
     if not on:
         return 0
     return n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
+
+
+def make_chain(lib: Any, params: SamplingParams, n_vocab: int, n_ctx: int, prompt: Sequence[int]) -> Any:
+    """A chain of its own for a sequence; the penalties have seen the end of the prompt. For llama_sampler_free."""
+    window = _penalty_window(params, n_ctx)
+    chain = _make_chain(lib, params, n_vocab, window)
+    for token in prompt[-window:] if window else ():
+        lib.llama_sampler_accept(chain, token)
+    return chain
 
 
 def _make_chain(lib: Any, params: SamplingParams, n_vocab: int, penalty_window: int) -> Any:
