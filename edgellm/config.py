@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 LoadMode = Literal["mmap", "repack", "mlock"]
 KVType = Literal["f16", "bf16", "f32", "q8_0"]
@@ -84,6 +84,8 @@ class SamplingParams:
     repeat_penalty 1, presence_penalty 0 and frequency_penalty 0 are off; they look back penalty_last_n tokens
     (-1 = the whole context). seed None = a new one for each call.
     stop: generation ends before any of these strings, which aren't part of the text.
+    schema, regex, lark: at most one of them, the form of the answer: a JSON Schema (mapping, text, or Pydantic model),
+    a regular expression, a Lark grammar as llguidance reads it.
     """
 
     max_tokens: int | None = None
@@ -97,6 +99,9 @@ class SamplingParams:
     penalty_last_n: int = 64
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: Any = None
+    regex: str | None = None
+    lark: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -112,6 +117,13 @@ class SamplingParams:
         _check(self.penalty_last_n >= -1, "penalty_last_n", self.penalty_last_n, "-1 or more")
         _check(self.seed is None or 0 <= self.seed < RANDOM_SEED, "seed", self.seed, "from 0 to 2**32 - 2")
         _check(all(self.stop), "stop", self.stop, "non-empty strings")
+        forms = [name for name in ("schema", "regex", "lark") if getattr(self, name) is not None]
+        _check(len(forms) <= 1, " and ".join(forms), "given", "one of them")
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer has a given form."""
+        return self.schema is not None or self.regex is not None or self.lark is not None
 
 
 def _check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = {"errors", "config", "gguf_header", "gguf_metadata", "gguf_adapter"}
+BASE = {"errors", "config", "constraint", "gguf_header", "gguf_metadata", "gguf_adapter"}
 
 # part of edgellm → the parts it may import, besides itself
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
+    "constraint": {"errors", "config"},
     "gguf_header": {"errors"},
     "gguf_metadata": {"errors", "gguf_header"},
     "gguf_adapter": {"errors", "gguf_header"},

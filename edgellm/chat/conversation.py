@@ -6,20 +6,18 @@ after `undo` or when several conversations share a model.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgellm.chat.session import Memory, read_session, write_session
 from edgellm.config import SamplingParams
-from edgellm.errors import GenerationError, OutputError, SessionError
+from edgellm.errors import GenerationError
 from edgellm.generation import GenerationResponse
 from edgellm.speculation.drafts import DraftChoice
 
-_FORMAT = "edgellm-conversation"
-_VERSION = 1
+logger = logging.getLogger(__name__)
 
 
 class ResponseStream(Iterator[GenerationResponse], Protocol):
@@ -38,12 +36,20 @@ class ChatModel(Protocol):
         on_progress: Callable[[float], object] | None = None,
     ) -> ResponseStream: ...
 
+    @property
+    def memory_maker(self) -> Mapping[str, Any]: ...
+
+    def save_memory(self) -> Memory: ...
+
+    def restore_memory(self, memory: Memory) -> bool: ...
+
 
 class Conversation:
     """Turns between a user and a model. `messages` may be read and edited; the next turn uses what it then holds."""
 
     def __init__(self, model: ChatModel, system: str | None = None) -> None:
         self._model = model
+        self.notice = ""  # why a saved memory isn't used
         self.messages: list[dict[str, Any]] = []
         if system:
             self.messages.append({"role": "system", "content": system})
@@ -111,53 +117,27 @@ class Conversation:
         turns = self.messages[1:] if self.messages[:1] and self.messages[0]["role"] == "system" else self.messages
         self.messages = ([{"role": "system", "content": text}] if text else []) + turns
 
-    def save(self, path: str | Path) -> None:
-        """Write the transcript as JSON. The file appears whole or not at all. OutputError if it can't be written."""
-        path = Path(path)
-        document = {"format": _FORMAT, "version": _VERSION, "messages": self.messages}
-        data = json.dumps(document, ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        try:
-            _write_atomically(path, data)
-        except OSError as exc:
-            raise OutputError(f"cannot write {path}: {exc.strerror or exc}; choose another place") from exc
+    def save(self, path: str | Path, *, memory: bool = True) -> None:
+        """Write the conversation; the file appears whole or not at all. OutputError if it can't be written.
+
+        memory: also what the model holds of it, so that going on needs no second reading: some kilobytes a token.
+        """
+        held = self._model.save_memory() if memory and self.messages else None
+        write_session(Path(path), self.messages, held)
 
     @classmethod
     def load(cls, model: ChatModel, path: str | Path) -> Conversation:
-        """A saved conversation, to go on with. SessionError if the file is missing, damaged or something else."""
+        """A saved conversation, to go on with. SessionError if the file is missing, damaged or something else.
+
+        Where the model can't use the saved memory, `notice` says why, and the conversation is read again by the next
+        turn.
+        """
+        saved = read_session(Path(path), model.memory_maker)
         conversation = cls(model)
-        conversation.messages = _read_messages(Path(path))
+        conversation.messages = saved.messages
+        conversation.notice = saved.notice
+        if saved.memory is not None and not model.restore_memory(saved.memory):
+            conversation.notice = "the saved memory doesn't fit this context"
+        if conversation.notice:
+            logger.warning("%s: %s; the conversation is read again", path, conversation.notice)
         return conversation
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def _read_messages(path: Path) -> list[dict[str, Any]]:
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as exc:
-        raise SessionError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
-    except (ValueError, RecursionError) as exc:
-        raise SessionError(f"{path} is damaged or no saved conversation: {exc}") from exc
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise SessionError(f"{path} is not a conversation saved by edgellm")
-    if document.get("version") != _VERSION:
-        raise SessionError(f"{path} has version {document.get('version')!r}, this edgellm reads {_VERSION}; update it")
-    messages = document.get("messages")
-    if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
-        raise SessionError(f"{path} is damaged: its messages aren't a list of role and content")
-    return messages
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

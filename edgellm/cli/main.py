@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 import edgellm
+from edgellm.cli.batch import batch
 from edgellm.cli.bench import bench
 from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, chat, run, draft, inspect, tune, bench, demo):
+for command in (convert, chat, run, batch, draft, inspect, tune, bench, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from edgellm.catalog.cards import card_for, resolve
 from edgellm.catalog.partners import partners_of, set_partners
 from edgellm.config import LoadParams
+from edgellm.constraint import Matcher
 from edgellm.errors import DraftMismatch, EdgeLLMError, GenerationError
 from edgellm.gguf_header import GGUFHeader, check_loadable, read_header
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.speculation.depth import MAX_DRAFT, Depth
-from edgellm.speculation.drafts import Draft, DraftChoice, NgramDraft
+from edgellm.speculation.drafts import Draft, DraftChoice, ForcedDraft, NgramDraft
 from edgellm.speculation.model_draft import ModelDraft, check_same_vocabulary
 from edgellm.speculation.text_index import IndexDraft, is_index
 from edgellm.speculation.verify import Speculator
@@ -44,8 +45,9 @@ class Drafts:
         self._unusable: dict[Path, str] = {}
         self.depth = Depth(verify_cost or None)
 
-    def speculator(self, choice: DraftChoice) -> Speculator | None:
-        """For one generation; None where nothing shall be guessed.
+    def speculator(self, choice: DraftChoice, matcher: Matcher | None = None) -> Speculator | None:
+        """For one generation; None where nothing shall be guessed. matcher: of the answer's form, whose forced tokens
+        are guessed first, unless the choice is "off".
 
         Errors, for what was named: GenerationError (this model can't take tokens back), DraftMismatch, ModelFileError.
         """
@@ -55,11 +57,12 @@ class Drafts:
             if choice == "auto":
                 return None
             raise GenerationError(f"{reason}, so that nothing can be guessed; use draft off or auto")
+        forced = [ForcedDraft(matcher)] if matcher else []
         if choice == "auto":
-            return Speculator([NgramDraft(), *self._partners()], self.depth)
+            return Speculator([*forced, NgramDraft(), *self._partners()], self.depth)
         named = [choice] if choice == "ngram" else ["ngram", choice] if isinstance(choice, str | Path) else choice
         drafts = [NgramDraft() if name == "ngram" else self._open(resolve(name)) for name in named]
-        return Speculator(drafts, self.depth)
+        return Speculator([*forced, *drafts], self.depth)
 
     def refusal(self) -> str:
         """Why this model can't use guesses; "" if it can."""

@@ -11,27 +11,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgellm.catalog import cards
+from edgellm.chat.session import Memory
 from edgellm.config import LoadParams, SamplingParams
-from edgellm.engine.adapters import LoadedAdapters, Lora
-from edgellm.engine.drafts import N_OUTPUTS, Drafts
+from edgellm.constraint import Matcher, grammar_of
+from edgellm.engine.adapters import Lora
+from edgellm.engine.drafts import N_OUTPUTS
+from edgellm.engine.identity import memory_maker
 from edgellm.engine.memory import check_fits
+from edgellm.engine.parallel import Answer, Request, answer_all
+from edgellm.engine.resources import Resources
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.tuned import settings_in_force, settle, tuning_for
-from edgellm.engine.turn import Turn
-from edgellm.errors import Cancelled, ContextFull, GenerationError
+from edgellm.errors import ContextFull, GenerationError
 from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
 from edgellm.gguf_header import check_loadable
-from edgellm.native.context import Context
-from edgellm.native.model import NativeModel
-from edgellm.native.sampler import Sampler
+from edgellm.native.sampler import ConstrainedSampler, Sampler
+from edgellm.native.state import restore_state, save_state
 from edgellm.speculation.drafts import DraftChoice
 from edgellm.text import ControlMarker
 
@@ -97,21 +99,12 @@ class Model:
         self.path = path
         self.params = params
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
-        self._adapters = LoadedAdapters(header)
-        self._native = NativeModel(
-            path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
-        )
-        self._drafts = Drafts(header, self._native, params, tuning.verify_cost if tuning else None)
+        self._held = Resources(header, params, tuning.verify_cost if tuning else None, on_progress)
+        self._native, self._drafts = self._held.native, self._held.drafts
         self._vocab = self._native.vocab
         self._marker = ControlMarker(self._vocab)
-        self._turn = Turn()
-        self._active: Ticket | None = None
-        self._active_lock = threading.RLock()  # re-entrant: the garbage collector may end a stream anywhere
-        self._closing = threading.Lock()
-        self._closed = False
-        self._contexts: set[Context] = set()
         try:
-            self._context = self._open_context(params, n_outputs=N_OUTPUTS)
+            self._context = self._held.open_context(params, n_outputs=N_OUTPUTS)
         except BaseException:
             self._native.close()
             raise
@@ -127,7 +120,7 @@ class Model:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"n_ctx={self.n_ctx}"
+        state = "closed" if self._held.closed else f"n_ctx={self.n_ctx}"
         return f"<edgellm.Model {self.path.name} {state}>"
 
     @property
@@ -223,19 +216,19 @@ class Model:
         """
         from edgellm.chat.template import check_messages  # with jinja2, which only chats need
 
-        self._check_open()
+        self._held.check_open()
         template = self._template
         checked, mark = self._marker.mark(check_messages(messages), template.source)
         return self._marker.encode(template.render(checked, answer_follows=answer_follows), mark)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, no BOS. special: the text of a control token becomes that token."""
-        self._check_open()
+        self._held.check_open()
         return self._vocab.tokenize(text, special=special)
 
     def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. special: control tokens are written out."""
-        self._check_open()
+        self._held.check_open()
         return self._vocab.detokenize(_plain_ints(ids), special=special)
 
     def logits(self, tokens: Sequence[int]) -> FloatMatrix:
@@ -244,7 +237,7 @@ class Model:
         Errors: GenerationError (no tokens, not this model's), ContextFull (more than the model was trained with).
         """
         self._check_fits_training(len(tokens))
-        with self._side_context(n_ctx=max(1, len(tokens)), n_outputs=_LOGIT_ROWS) as context:
+        with self._held.side_context(n_ctx=max(1, len(tokens)), n_outputs=_LOGIT_ROWS) as context:
             return context.logits(_plain_ints(tokens))
 
     def embed(self, texts: str | Sequence[str]) -> FloatMatrix:
@@ -254,14 +247,14 @@ class Model:
         """
         import numpy as np
 
-        self._check_open()
+        self._held.check_open()
         texts = [texts] if isinstance(texts, str) else texts
         if not texts or not all(texts):
             raise GenerationError("there is nothing to embed; give one or more texts, none of them empty")
         rows = [self._vocab.tokenize(text, special=False, framed=True) for text in texts]
         longest = max(map(len, rows))
         self._check_fits_training(longest)
-        with self._side_context(n_ctx=longest, n_batch=longest, n_outputs=longest, embeddings=True) as context:
+        with self._held.side_context(n_ctx=longest, n_batch=longest, n_outputs=longest, embeddings=True) as context:
             matrix = np.stack([context.embedding(row) for row in rows])
         norms = np.linalg.norm(matrix, axis=1, keepdims=True)
         return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
@@ -269,7 +262,7 @@ class Model:
     @property
     def lora(self) -> tuple[tuple[Path, float], ...]:
         """The adapters in use: (path, scale)."""
-        return tuple((adapter.file.path, scale) for adapter, scale in self._adapters.in_use)
+        return tuple((adapter.file.path, scale) for adapter, scale in self._held.adapters.in_use)
 
     def set_lora(self, *adapters: Lora) -> None:
         """From the next call on, add these GGUF LoRAs to the weights, in place of those before; none = the plain model.
@@ -277,28 +270,31 @@ class Model:
         Each is a path or (path, scale); the weights aren't loaded again, what the context held is. Waits for a
         running generation. Errors: AdapterError (no GGUF LoRA, made for another model), with all as it was before.
         """
-        with self._turn_of(Ticket(None)), self._closing:
-            self._check_open()
-            if self._adapters.choose(self._native, adapters):
-                for context in self._contexts:
-                    context.use_adapters(self._adapters.in_use)
-                self._adapters.free_unused()
+        self._held.set_adapters(adapters)
+
+    @property
+    def memory_maker(self) -> Mapping[str, Any]:
+        """All that must be the same for a saved memory to be used: model, adapters, template, types of the KV cache."""
+        return memory_maker(self.path, self.metadata, self._held.adapters.in_use, self.settings)
+
+    def save_memory(self) -> Memory:
+        """What the model holds of the conversation it was last in. Waits for a running generation."""
+        with self._held.turn_of(Ticket(None)):
+            return Memory(tuple(self._context.tokens), self.memory_maker, save_state(self._context))
+
+    def restore_memory(self, memory: Memory) -> bool:
+        """Go on from a memory that a model with the same `memory_maker` saved. False, and nothing held, if it can't."""
+        with self._held.turn_of(Ticket(None)):
+            self._vocab.check_ids(memory.tokens)
+            return restore_state(self._context, memory.tokens, memory.data)
 
     def cancel(self) -> None:
         """Interrupt what this model is doing, from any thread, also in the middle of a prompt. Nothing = no effect."""
-        with self._active_lock:
-            if self._active is not None:
-                self._cancel(self._active)
+        self._held.cancel_active()
 
     def close(self) -> None:
         """Interrupt what is running and free everything. Any later use raises GenerationError. Twice is fine."""
-        with self._closing:
-            self._closed = True
-            for context in tuple(self._contexts):
-                context.close()
-            self._contexts.clear()
-            self._drafts.close()
-            self._native.close()
+        self._held.close()
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
@@ -310,7 +306,7 @@ class Model:
         )
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        self._check_open()
+        self._held.check_open()
         ids = self._marker.encode(prompt) if isinstance(prompt, str) else _plain_ints(prompt)
         if not ids:
             raise GenerationError("the prompt is empty; give at least one token")
@@ -327,7 +323,7 @@ class Model:
     ) -> Stream:
         ticket = Ticket(owner)
         responses = self._take_turn_and_generate(ticket, prompt, params or SamplingParams(), draft, on_progress)
-        return Stream(ticket, responses, self._cancel)
+        return Stream(ticket, responses, self._held.cancel)
 
     async def _iterate_async(
         self,
@@ -350,67 +346,37 @@ class Model:
         draft: DraftChoice,
         on_progress: Progress | None,
     ) -> Generator[GenerationResponse, None, None]:
-        with self._turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
-            speculator = self._drafts.speculator(draft)
-            yield from stream_generate(self._context, sampler, self._vocab, prompt, params, on_progress, speculator)
+        with self._held.turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
+            matcher = self._matcher(params)
+            chooser = sampler if matcher is None else ConstrainedSampler(sampler, matcher)
+            speculator = self._drafts.speculator(draft, matcher)
+            yield from stream_generate(self._context, chooser, self._vocab, prompt, params, on_progress, speculator)
 
-    @contextlib.contextmanager
-    def _turn_of(self, ticket: Ticket) -> Iterator[None]:
-        def check() -> None:
-            self._check_open()
-            if ticket.cancelled:
-                raise Cancelled("cancelled before the first token")
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        """Of the answer's form, from its beginning. GenerationError where the form can't be used."""
+        grammar = grammar_of(params) if params.is_constrained else None
+        return None if grammar is None else Matcher(self._grammar_tokenizer, grammar)
 
-        self._turn.take(ticket.owner or threading.get_ident(), check)
-        try:
-            with self._active_lock:
-                self._active = ticket
-                self._drafts.clear_abort()
-                for context in tuple(self._contexts):
-                    context.clear_abort()
-            check()
-            yield
-        finally:
-            with self._active_lock:
-                self._active = None
-            self._turn.release()
+    @functools.cached_property
+    def _grammar_tokenizer(self) -> Any:
+        from edgellm.native.grammar import grammar_tokenizer
 
-    def _cancel(self, ticket: Ticket) -> None:
-        ticket.cancelled = True
-        with self._active_lock:
-            if self._active is ticket:
-                self._drafts.abort()
-                for context in tuple(self._contexts):
-                    context.abort()
+        return grammar_tokenizer(self._vocab)
 
-    @contextlib.contextmanager
-    def _side_context(
-        self, *, n_ctx: int, n_outputs: int, n_batch: int | None = None, embeddings: bool = False
-    ) -> Iterator[Context]:
-        """A context for one call, so that the chat in the main one stays as it is."""
-        params = replace(self.params, n_ctx=n_ctx, n_batch=n_batch or self.params.n_batch)
-        with self._turn_of(Ticket(None)):
-            context = self._open_context(params, n_outputs=n_outputs, embeddings=embeddings)
-            try:
-                yield context
-            finally:
-                context.close()
-                self._contexts.discard(context)
+    def answer_all(
+        self, requests: Iterable[Request], n_parallel: int = 8, *, n_ctx: int | None = None
+    ) -> Iterator[Answer]:
+        """Answers to many prompts, n_parallel of them at a time in one context, in the order they are finished.
 
-    def _open_context(self, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> Context:
-        with self._closing:
-            self._check_open()
-            context = Context(self._native, params, n_outputs=n_outputs, embeddings=embeddings)
-            self._contexts.add(context)
-            context.use_adapters(self._adapters.in_use)
-            return context
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise GenerationError("the model is closed; load it again")
+        n_ctx: tokens of context for each; None = as many as this model was loaded with. It doesn't disturb a chat,
+        whose turn it waits for and holds.
+        Errors: GenerationError (no memory), Cancelled. A request that can't be answered gives an Answer with an error.
+        """
+        with self._held.parallel_context(n_parallel, n_ctx or self.n_ctx) as context:
+            yield from answer_all(context, self._vocab, requests)
 
     def _check_fits_training(self, n_tokens: int) -> None:
-        self._check_open()
+        self._held.check_open()
         limit = self._native.n_ctx_train
         if 0 < limit < n_tokens:
             raise ContextFull(

@@ -6,8 +6,8 @@ sees to that); `abort` and `close` may be called from any thread at any time, al
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -19,6 +19,7 @@ from edgellm.native import library
 from edgellm.native.context_params import context_params, flag_reader, new_batch
 from edgellm.native.lora import ActiveAdapters, Adapter
 from edgellm.native.model import NativeModel
+from edgellm.native.owned import Owned, release
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,16 +27,6 @@ if TYPE_CHECKING:
     from edgellm.native.observe import InputWatch
 
 DecodeProgress = Callable[[int, int], object]  # (tokens done, tokens in all); returning False cancels
-
-_EXIT_PATIENCE_S = 10.0  # a decode that was told to abort returns after one graph node
-
-
-class _Native:
-    """What must outlive the Context object until it is freed: pointers, the lock around native calls, the flag."""
-
-    def __init__(self, pointer: Any, batch: Any, abort_flag: Any) -> None:
-        self.pointer, self.batch, self.abort_flag = pointer, batch, abort_flag
-        self.lock = threading.Lock()
 
 
 class Context:
@@ -87,9 +78,9 @@ class Context:
         self.n_outputs = min(n_outputs, self.n_batch)
         self.n_threads = int(lib.llama_n_threads(pointer))
         self._memory = lib.llama_get_memory(pointer)
-        self._native = _Native(pointer, new_batch(lib, self.n_batch), abort_flag)
+        self._native = Owned(pointer, new_batch(lib, self.n_batch), abort_flag)
         # the model among the arguments keeps it alive until the context is gone
-        self._free = weakref.finalize(self, _release, lib, self._native, self._samplers, model)
+        self._free = weakref.finalize(self, release, lib, self._native, self._samplers, model)
 
     @property
     def closed(self) -> bool:
@@ -342,6 +333,11 @@ class Context:
         with self._native.lock:
             return int(self._row(np, i).argmax())
 
+    def look(self, np: ModuleType, i: int | None, see: Callable[[Any], int]) -> int:
+        """What `see` makes of the logits of the same choice, float32 (n_vocab,), which it must not keep or change."""
+        with self._native.lock:
+            return see(self._row(np, i))
+
     def likeliest_and_probability(self, np: ModuleType) -> tuple[int, float]:
         """`likeliest` after the last evaluated token, and the probability the model gives it."""
         with self._native.lock:
@@ -364,6 +360,18 @@ class Context:
             raise GenerationError(f"there are no logits at {i}; the last evaluation has {self._n_logits}")
         return i
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[tuple[Any, Any]]:
+        """(llama.cpp, pointer) of the context, which isn't freed meanwhile."""
+        with self._native.lock:
+            yield self._lib, self._open_pointer()
+
+    def holds_its_tokens(self) -> bool:
+        """Whether the memory ends where `tokens` does."""
+        with self._native.lock:
+            self._open_pointer()
+            return bool(self._memory_range()[1] == len(self.tokens) - 1)
+
     def adopt(self, sampler: object) -> None:
         """Have `sampler.close()` called before the context goes away."""
         self._samplers.add(sampler)
@@ -372,18 +380,6 @@ class Context:
         if self._native.pointer is None:
             raise GenerationError("the model is closed; load it again")
         return self._native.pointer
-
-
-def _release(lib: Any, native: _Native, samplers: weakref.WeakSet[Any], _model: NativeModel) -> None:
-    native.abort_flag[0] = 1
-    # At interpreter exit a daemon thread may still be decoding. Rather leak than free it under its feet.
-    if native.lock.acquire(timeout=_EXIT_PATIENCE_S):
-        for sampler in list(samplers):
-            sampler.close()
-        pointer, native.pointer = native.pointer, None
-        lib.llama_free(pointer)
-        lib.llama_batch_free(native.batch)
-        native.lock.release()
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

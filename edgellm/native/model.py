@@ -22,7 +22,7 @@ from edgellm.native import library
 
 LoadProgress = Callable[[float], object]  # a fraction from 0 to 1; returning False cancels
 
-_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_LSTRIP, _ATTR_RSTRIP = 1, 1 << 3, 1 << 7, 1 << 8
+_ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_USER_DEFINED, _ATTR_LSTRIP, _ATTR_RSTRIP = 1, 1 << 3, 1 << 4, 1 << 7, 1 << 8
 
 
 class NativeModel:
@@ -130,6 +130,31 @@ class Vocab:
             if self._pointer is None:
                 raise GenerationError("the model is closed; load it again")
             yield self._pointer
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[Any, Any]]:
+        """(llama.cpp, pointer) of the vocabulary, which isn't freed meanwhile."""
+        with self._open() as pointer:
+            yield self._lib, pointer
+
+    @property
+    def address(self) -> int:
+        """Of the vocabulary in memory."""
+        with self._open() as pointer:
+            return int(ctypes.cast(pointer, ctypes.c_void_p).value or 0)
+
+    def spelling(self, token: int) -> bytes:
+        """The bytes of a token; of a control token those it is written with."""
+        return self._read_piece(token, True)
+
+    def is_control(self, token: int) -> bool:
+        """Whether no text can contain the token: a control token, or one of the user's that looks like one."""
+        with self._open() as pointer:
+            attributes = self._lib.llama_vocab_get_attr(pointer, token)
+        if attributes & _ATTR_USER_DEFINED:
+            text = self.spelling(token)
+            return text.startswith(b"<") and text.endswith(b">")
+        return bool(attributes & (_ATTR_CONTROL | _ATTR_UNKNOWN))
 
     def tokenize(self, text: str, *, special: bool, framed: bool = False) -> list[int]:
         """Ids of `text`. special: the text of a control token becomes that token. framed: with the BOS, EOS, CLS, SEP

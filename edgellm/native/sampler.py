@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from edgellm.config import RANDOM_SEED, SamplingParams
 from edgellm.errors import GenerationError
 from edgellm.native import library
 from edgellm.native.context import Context
+
+if TYPE_CHECKING:
+    from edgellm.constraint import Mask, Matcher
 
 
 class Sampler:
@@ -43,8 +48,57 @@ class Sampler:
             return self._context.likeliest(numpy, i)
         return self._context.sample(self._chain, i)
 
+    def choose(self, np: ModuleType, i: int | None, allowed: Mask | None = None) -> int:
+        """The token `sample` would choose, of those allowed: bool (n_vocab,), None = all. Follow with `accept`."""
+        if not self._free.alive:
+            raise GenerationError("the model is closed; load it again")
+
+        def see(logits: Any) -> int:
+            if self._greedy:
+                return int((logits if allowed is None else np.where(allowed, logits, -np.inf)).argmax())
+            ids = np.arange(len(logits), dtype=np.int32) if allowed is None else np.flatnonzero(allowed)
+            candidates = np.zeros(len(ids), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+            candidates["id"], candidates["logit"] = ids, logits[ids]
+            return self._apply(candidates)
+
+        return self._context.look(np, i, see)
+
+    def _apply(self, candidates: Any) -> int:
+        lib = self._lib
+        data = ctypes.cast(candidates.ctypes.data, ctypes.POINTER(lib.llama_token_data))
+        array = lib.llama_token_data_array(data, len(candidates), -1, False)
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, token: int) -> None:
+        """Let the penalties count a token that `choose` gave."""
+        self._lib.llama_sampler_accept(self._chain, token)
+
     def close(self) -> None:
         self._free()
+
+
+class ConstrainedSampler:
+    """Chooses only what a matcher allows: freely first, and only where that isn't allowed among what is.
+
+    Both together are the model's distribution restricted to what is allowed.
+    """
+
+    def __init__(self, sampler: Sampler, matcher: Matcher) -> None:
+        self._sampler, self._matcher = sampler, matcher
+
+    def accept_prompt(self, tokens: Iterable[int]) -> None:
+        self._sampler.accept_prompt(tokens)
+
+    def sample(self, i: int | None = None) -> int:
+        import numpy as np
+
+        token = self._sampler.choose(np, i)
+        if not self._matcher.allows(token):
+            token = self._sampler.choose(np, i, self._matcher.mask())
+        self._sampler.accept(token)
+        self._matcher.take(token)
+        return token
 
 
 def _penalty_window(params: SamplingParams, n_ctx: int) -> int:
@@ -52,6 +106,15 @@ def _penalty_window(params: SamplingParams, n_ctx: int) -> int:
     if not on:
         return 0
     return n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
+
+
+def make_chain(lib: Any, params: SamplingParams, n_vocab: int, n_ctx: int, prompt: Sequence[int]) -> Any:
+    """A chain of its own for a sequence; the penalties have seen the end of the prompt. For llama_sampler_free."""
+    window = _penalty_window(params, n_ctx)
+    chain = _make_chain(lib, params, n_vocab, window)
+    for token in prompt[-window:] if window else ():
+        lib.llama_sampler_accept(chain, token)
+    return chain
 
 
 def _make_chain(lib: Any, params: SamplingParams, n_vocab: int, penalty_window: int) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from edgellm.constraint import Matcher
 
 DraftChoice: TypeAlias = str | Path | Sequence[str | Path]  # auto, off, ngram, a file after ngram; or just these
 
@@ -66,6 +69,20 @@ class NgramDraft:
         if not length:
             return NOTHING
         return Proposal(_continued(history, best, k), f"ngram {match_class(length)}")
+
+
+class ForcedDraft:
+    """What the form of the answer leaves no choice about, such as the keys of a JSON object."""
+
+    name = "forced"
+    is_free = True
+
+    def __init__(self, matcher: Matcher) -> None:
+        """matcher: has taken every token of the history that belongs to the answer."""
+        self._matcher = matcher
+
+    def propose(self, history: Sequence[int], k: int) -> Proposal:
+        return Proposal(self._matcher.forced()[:k], self.name)
 
 
 def match_class(length: int) -> int:

@@ -1,0 +1,145 @@
+"""What a loaded model holds of native memory, whose turn it is to use it, and how all of it is let go."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from edgellm.config import LoadParams
+from edgellm.engine.adapters import LoadedAdapters, Lora
+from edgellm.engine.drafts import Drafts
+from edgellm.engine.stream import Ticket
+from edgellm.engine.turn import Turn
+from edgellm.errors import Cancelled, GenerationError
+from edgellm.gguf_header import GGUFHeader
+from edgellm.native.context import Context
+from edgellm.native.model import NativeModel
+from edgellm.native.parallel import ParallelContext
+
+
+class Resources:
+    """Weights, adapters, drafts and contexts. One ticket at a time has the turn; `cancel` and `close` act at once."""
+
+    def __init__(
+        self,
+        header: GGUFHeader,
+        params: LoadParams,
+        verify_cost: Mapping[int, float] | None,
+        on_progress: Callable[[float], object] | None,
+    ) -> None:
+        self.params = params
+        self.adapters = LoadedAdapters(header)
+        self.native = NativeModel(
+            header.path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
+        )
+        self.drafts = Drafts(header, self.native, params, verify_cost)
+        self.closed = False
+        self._contexts: set[Context | ParallelContext] = set()
+        self._turn = Turn()
+        self._active: Ticket | None = None
+        self._active_lock = threading.RLock()  # re-entrant: the garbage collector may end a stream anywhere
+        self._closing = threading.Lock()
+
+    def check_open(self) -> None:
+        if self.closed:
+            raise GenerationError("the model is closed; load it again")
+
+    @contextlib.contextmanager
+    def turn_of(self, ticket: Ticket) -> Iterator[None]:
+        """The turn, waited for. GenerationError where it waits for itself or the model closes, Cancelled."""
+
+        def check() -> None:
+            self.check_open()
+            if ticket.cancelled:
+                raise Cancelled("cancelled before the first token")
+
+        self._turn.take(ticket.owner or threading.get_ident(), check)
+        try:
+            with self._active_lock:
+                self._active = ticket
+                self.drafts.clear_abort()
+                for context in tuple(self._contexts):
+                    context.clear_abort()
+            check()
+            yield
+        finally:
+            with self._active_lock:
+                self._active = None
+            self._turn.release()
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Interrupt it if it has the turn; let it give up if it waits."""
+        ticket.cancelled = True
+        with self._active_lock:
+            if self._active is ticket:
+                self.drafts.abort()
+                for context in tuple(self._contexts):
+                    context.abort()
+
+    def cancel_active(self) -> None:
+        """Interrupt whatever has the turn."""
+        with self._active_lock:
+            if self._active is not None:
+                self.cancel(self._active)
+
+    def open_context(self, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> Context:
+        """A context with the adapters in use. Errors: GenerationError (closed, no memory)."""
+        with self._closing:
+            self.check_open()
+            context = Context(self.native, params, n_outputs=n_outputs, embeddings=embeddings)
+            self._contexts.add(context)
+            context.use_adapters(self.adapters.in_use)
+            return context
+
+    @contextlib.contextmanager
+    def side_context(
+        self, *, n_ctx: int, n_outputs: int, n_batch: int | None = None, embeddings: bool = False
+    ) -> Iterator[Context]:
+        """A context for one call, so that the chat in the main one stays as it is."""
+        params = replace(self.params, n_ctx=n_ctx, n_batch=n_batch or self.params.n_batch)
+        with self.turn_of(Ticket(None)):
+            context = self.open_context(params, n_outputs=n_outputs, embeddings=embeddings)
+            try:
+                yield context
+            finally:
+                context.close()
+                self._contexts.discard(context)
+
+    @contextlib.contextmanager
+    def parallel_context(self, n_sequences: int, n_ctx: int) -> Iterator[ParallelContext]:
+        """A context for one call, for n_sequences of n_ctx tokens each, at most what the model was trained with."""
+        each = min(n_ctx, self.native.n_ctx_train or n_ctx)
+        n_batch = max(n_sequences, self.params.n_batch or 0)
+        params = replace(self.params, n_ctx=each * n_sequences, n_batch=n_batch)
+        with self.turn_of(Ticket(None)):
+            with self._closing:
+                self.check_open()
+                context = ParallelContext(self.native, params, n_sequences)
+                self._contexts.add(context)
+            try:
+                context.use_adapters(self.adapters.in_use)
+                yield context
+            finally:
+                context.close()
+                self._contexts.discard(context)
+
+    def set_adapters(self, adapters: Sequence[Lora]) -> None:
+        """Put these in use in every context. Errors: AdapterError, with all as it was before."""
+        with self.turn_of(Ticket(None)), self._closing:
+            self.check_open()
+            if self.adapters.choose(self.native, adapters):
+                for context in self._contexts:
+                    context.use_adapters(self.adapters.in_use)
+                self.adapters.free_unused()
+
+    def close(self) -> None:
+        """Interrupt what is running and free everything. Twice is fine."""
+        with self._closing:
+            self.closed = True
+            for context in tuple(self._contexts):
+                context.close()
+            self._contexts.clear()
+            self.drafts.close()
+            self.native.close()
