@@ -137,6 +137,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         speeds = [found[kind][way]["tokens_per_second"] for way in ways]
         bars = ax.bar(list(ways.values()), speeds, color=["tab:gray", "tab:blue", "tab:orange"])
         ax.bar_label(bars, [f"{speed:.0f}" for speed in speeds])
+        ax.margins(y=0.12)
         ax.set_title(f"{titles[kind]}\n{found[kind]['speedup']:.2f} × (median)", fontsize=9)
         ax.set_ylabel("tokens per second")
     figure.savefig(path, dpi=120)
