@@ -18,6 +18,7 @@ with suppress(ImportError):  # Windows has none
 Key = TypeVar("Key")
 
 _ENOUGH = 16  # undisturbed rounds
+_LEAST = 4  # rounds of a comparison, however busy the machine
 _MOST = 3  # times as many rounds, where some are disturbed
 _PATIENCE_S, _MORE_PATIENCE_S = 2.0, 10.0
 
@@ -44,15 +45,15 @@ def interleaved(
     """`undisturbed` of several things by turns, so that what slows the machine down for a while slows all of them.
 
     It ends when each was measured `enough` times undisturbed, after three times as many rounds, or after `patience`
-    seconds, but not before each has been measured twice. Who begins changes from round to round: what ran before leaves
-    its data in the caches.
+    seconds, but not before each has been measured four times (or `enough`, if that is less). Who begins changes from
+    round to round: what ran before leaves its data in the caches.
     """
     calm: dict[Key, list[float]] = {key: [] for key in measures}
     others: dict[Key, list[float]] = {key: [] for key in measures}
     keys = list(measures)
     started = time.perf_counter()
     n_rounds = 0
-    while n_rounds < 2 or (
+    while n_rounds < min(_LEAST, enough) or (
         n_rounds < _MOST * enough
         and time.perf_counter() - started < patience
         and any(len(found) < enough for found in calm.values())

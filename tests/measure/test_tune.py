@@ -48,6 +48,7 @@ def test_everything_is_measured_where_there_is_time(model_path: Path) -> None:
     assert costs[0] == 1
     assert found.measured["gain"]["depth"] == 64
     assert found.measured["gain"]["ratio"] >= 1
+    assert found.measured["gain"].get("tuned", 1) >= found.measured["gain"].get("default", 1)
     deepest = [one["decode"][64] for one in found.measured["attention"] if 64 in one["decode"]]
     assert len(deepest) == choice.N_FINALISTS
     assert all(0 < speed < 1e5 for speed in deepest)
