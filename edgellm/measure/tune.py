@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,11 +45,11 @@ from edgellm.native.undisturbed import interleaved
 BUDGET_S = 60.0
 VERIFIED = (1, 2, 3, 4, 6, 8, 12, 16, 25)  # tokens evaluated together; 25 = a guess of MAX_DRAFT, and the token before
 _MIDDLE = 700  # tokens of context at which their cost is measured
-_BATCHES = (128, 256, 512, 1024)
+_BATCHES = (128, 256, 512)
 _ROOM = 512  # tokens beyond: what is decoded at all depths by models that can't take tokens back
 
 _READ = 64  # tokens of the prompts that threads and load modes are compared with
-_READ_LONG = 1024  # and batches
+_READ_LONG = 512  # and batches
 _STAGE_S = 3.0  # patience of one comparison
 _DISTURBED = 1.5  # times as long as expected, on a machine that has other work too
 _TEXT = (
@@ -90,12 +91,12 @@ class _Contestant:
 
     def __init__(self, context: Context, text: Sequence[int], n_threads: int) -> None:
         self.context, self._text, self.n_threads = context, text, n_threads
-        self._n_filled, self._fill_seconds = 0, 0.0
+        self._chunks: list[float] = []
 
     @property
     def prompt_seconds_per_token(self) -> float:
-        """Of what `fill` read."""
-        return self._fill_seconds / self._n_filled
+        """Of what `fill` read, the median of its chunks."""
+        return median(self._chunks)
 
     def read(self, n_tokens: int) -> float:
         """Seconds for each token of a prompt, from an empty context."""
@@ -105,15 +106,17 @@ class _Contestant:
         self.context.decode(self._text[:n_tokens])
         return (time.perf_counter() - started) / n_tokens
 
-    def fill(self, depth: int) -> None:
-        """Read on to a depth (at least one token), and add up the time that takes."""
-        missing = self._text[len(self.context.tokens) : max(1, depth)]
-        if missing:
-            self.context.set_threads(self.n_threads)
+    def fill(self, depth: int, deadline: float) -> bool:
+        """Read on to a depth (at least one token). False: given up, because it would have taken too long."""
+        context, depth = self.context, max(1, depth)
+        context.set_threads(self.n_threads)
+        while missing := self._text[len(context.tokens) : min(depth, len(context.tokens) + context.n_batch)]:
             started = time.perf_counter()
-            self.context.decode(missing)
-            self._fill_seconds += time.perf_counter() - started
-            self._n_filled += len(missing)
+            if started > deadline:
+                return False
+            context.decode(missing)
+            self._chunks.append((time.perf_counter() - started) / len(missing))
+        return True
 
     def step(self) -> float:
         """Seconds of a decode and choosing the next token, after one that isn't timed: it wakes the threads."""
@@ -158,6 +161,7 @@ class _Run:
         self._kinds: dict[Attention, _Contestant] = {}
         self._speed = Timed(0.0, 0.0)
         self._depth = 0  # the deepest that was measured
+        self._deepest: dict[Attention, float] = {}  # seconds of a decode there
         self.n_threads, self.n_batch = physical_cpu_count(), DEFAULT_N_BATCH
         self.load_mode: LoadMode = DEFAULT_LOAD_MODE
         self.attention: tuple[Attention, ...] = ()
@@ -182,7 +186,8 @@ class _Run:
         self._n_ctx_max = model.n_ctx_train or longest
         self._first = self._contestant(model, LoadParams(n_ctx=_READ + _ROOM), self.n_threads)
         self._first.read(8)
-        self._speed = Timed(self._first.read(_READ), min(self._first.step() for _ in range(3)))
+        reads, steps = [self._first.read(_READ) for _ in range(2)], [self._first.step() for _ in range(3)]
+        self._speed = Timed(min(reads), min(steps))
 
     def measure_threads(self) -> None:
         counts = thread_counts(physical_cpu_count())
@@ -190,6 +195,7 @@ class _Run:
         if len(candidates) > 1 and self._has_time_for("numbers of threads", len(candidates)):
             timed = self._race(candidates)
             self.n_threads = best(timed)
+            self._speed = timed[self.n_threads]
             self.measured["threads"] = [{"n_threads": n, **_speeds(found)} for n, found in timed.items()]
         self._first.n_threads = self.n_threads
 
@@ -218,17 +224,21 @@ class _Run:
         for i, depth in enumerate(plan.depths if self._kinds else ()):
             self.progress(f"KV cache and flash attention after {depth} tokens", 0.25 + 0.5 * i / len(plan.depths))
             rivals = list(self._kinds) if i < FULL_DEPTHS else finalists(decode, depth)
-            for kind in rivals:
-                self._kinds[kind].fill(depth)
+            if not all(self._kinds[kind].fill(depth, self._deadline - reserve) for kind in rivals):
+                self.dropped.append(f"a context of {depth} tokens (the machine turned out to be slower)")
+                break
             steps = {kind: self._kinds[kind].step for kind in rivals}
             for kind, seconds in interleaved(steps, self._patience(), N_STEPS // 3).items():
                 decode[kind][depth] = seconds
             self._depth = depth
+        if not self._depth and any(not found for found in decode.values()):
+            return
         timed = {
             kind: (max(found), Timed(self._kinds[kind].prompt_seconds_per_token, found[max(found)]))
             for kind, found in decode.items()
         }
         self.attention = rank_attention(timed)
+        self._deepest = {kind: found.decode for kind, (depth, found) in timed.items() if depth == self._depth}
         self.measured["attention"] = [
             {**asdict(kind), "prompt": 1 / found.prompt, "decode": {d: 1 / t for d, t in decode[kind].items()}}
             for kind, (_, found) in timed.items()
@@ -245,6 +255,10 @@ class _Run:
             gain["ratio"] = 1.0
         elif usual := self._default_contestant():
             found = interleaved({"default": usual.step, "tuned": tuned.step}, self._patience())
+            if (self.n_threads, self.load_mode) == default[1:]:
+                # so both were timed before, by turns too; what disturbs only ever makes times longer
+                found["default"] = min(found["default"], self._deepest[DEFAULT_ATTENTION])
+                found["tuned"] = min(found["tuned"], self._deepest[self.attention[0]])
             gain |= {name: 1 / seconds for name, seconds in found.items()}
             gain["ratio"] = found["default"] / found["tuned"]
             if gain["ratio"] < 1:
@@ -272,7 +286,7 @@ class _Run:
 
     def measure_batches(self) -> None:
         n_tokens = min(_READ_LONG, self._n_ctx_max)
-        if self.seconds_left < _DISTURBED * 2 * len(_BATCHES) * n_tokens * self._speed.prompt:
+        if self.seconds_left < _DISTURBED * 3 * len(_BATCHES) * n_tokens * self._speed.prompt:
             self.dropped.append("sizes of a prompt's batches")
             return
         kind = self.attention[0] if self.attention else DEFAULT_ATTENTION
@@ -321,8 +335,7 @@ class _Run:
             return None
         params = LoadParams(n_ctx=self._depth + _ROOM)
         usual = self._contestant(self._model(DEFAULT_LOAD_MODE), params, physical_cpu_count())
-        usual.fill(self._depth)
-        return usual
+        return usual if usual.fill(self._depth, self._deadline) else None
 
     def _race(self, candidates: Mapping[Key, _Contestant]) -> dict[Key, Timed]:
         prompt = interleaved({key: partial(one.read, _READ) for key, one in candidates.items()}, self._patience(), 3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import TypeVar
 
 with suppress(ImportError):  # Windows has none
@@ -18,6 +18,7 @@ with suppress(ImportError):  # Windows has none
 Key = TypeVar("Key")
 
 _ENOUGH = 16  # undisturbed rounds
+_LEAST = 4  # rounds of a comparison, however busy the machine
 _MOST = 3  # times as many rounds, where some are disturbed
 _PATIENCE_S, _MORE_PATIENCE_S = 2.0, 10.0
 
@@ -43,26 +44,30 @@ def interleaved(
 ) -> dict[Key, float]:
     """`undisturbed` of several things by turns, so that what slows the machine down for a while slows all of them.
 
-    It ends when each was measured `enough` times undisturbed, after three times as many rounds, or after `patience`
-    seconds, but not before each has been measured twice. Who begins changes from round to round: what ran before leaves
-    its data in the caches.
+    Seconds each: its median share of a round, times what a good round takes. So a slow minute, which hits whole rounds,
+    doesn't count, nor does a sample that lost its core. It ends after `enough` rounds without such samples, after
+    three times as many rounds, or after `patience` seconds, but not before four rounds (or `enough`, if that is less).
+    Who begins changes from round to round: what ran before leaves its data in the caches.
     """
-    calm: dict[Key, list[float]] = {key: [] for key in measures}
-    others: dict[Key, list[float]] = {key: [] for key in measures}
+    calm: list[dict[Key, float]] = []
+    others: list[dict[Key, float]] = []
     keys = list(measures)
     started = time.perf_counter()
     n_rounds = 0
-    while n_rounds < 2 or (
-        n_rounds < _MOST * enough
-        and time.perf_counter() - started < patience
-        and any(len(found) < enough for found in calm.values())
+    while n_rounds < min(_LEAST, enough) or (
+        n_rounds < _MOST * enough and time.perf_counter() - started < patience and len(calm) < enough
     ):
-        for key in keys[n_rounds % len(keys) :] + keys[: n_rounds % len(keys)]:
-            before = _preemptions()
-            seconds = measures[key]()
-            (calm if _preemptions() == before else others)[key].append(seconds)
+        before = _preemptions()
+        turns = keys[n_rounds % len(keys) :] + keys[: n_rounds % len(keys)]
+        found = {key: measures[key]() for key in turns}
+        (calm if _preemptions() == before else others).append(found)
         n_rounds += 1
-    return {key: quantiles(calm[key])[0] if len(calm[key]) > 1 else min(calm[key] or others[key]) for key in keys}
+    rounds = calm if len(calm) >= _LEAST else calm + others
+    typical = [median(found.values()) for found in rounds]
+    good = quantiles(typical)[0] if len(typical) > 1 else typical[0]
+    return {
+        key: good * median(found[key] / usual for found, usual in zip(rounds, typical, strict=True)) for key in keys
+    }
 
 
 def _preemptions() -> int:

@@ -48,6 +48,7 @@ def test_everything_is_measured_where_there_is_time(model_path: Path) -> None:
     assert costs[0] == 1
     assert found.measured["gain"]["depth"] == 64
     assert found.measured["gain"]["ratio"] >= 1
+    assert found.measured["gain"].get("tuned", 1) >= found.measured["gain"].get("default", 1)
     deepest = [one["decode"][64] for one in found.measured["attention"] if 64 in one["decode"]]
     assert len(deepest) == choice.N_FINALISTS
     assert all(0 < speed < 1e5 for speed in deepest)
@@ -80,10 +81,17 @@ def test_comparing_takes_turns_and_ends() -> None:
         return next(times[name])
 
     found = interleaved({name: lambda name=name: measure(name) for name in times}, patience=60, enough=4)  # type: ignore[misc]
-    assert found == {"fast": 1.0, "slow": 2.0}
+    assert found == pytest.approx({"fast": 1.0, "slow": 2.0})
     assert order[:4] == ["fast", "slow", "slow", "fast"]
     assert order.count("fast") == order.count("slow") <= 3 * 4
     assert interleaved({"once": lambda: 1.0}, patience=0) == {"once": 1.0}
+
+
+def test_a_slow_minute_of_the_machine_hits_all_alike() -> None:
+    factor = iter([factor for factor in [1, 7, 1, 3, 3, 1, 9, 1] * 9 for _ in range(2)])  # of a round
+    found = interleaved({"a": lambda: 1.00 * next(factor), "b": lambda: 1.05 * next(factor)}, patience=60, enough=8)
+    assert found["b"] / found["a"] == pytest.approx(1.05)
+    assert 0.99 < found["a"] < 1.01
 
 
 def command(cache: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
