@@ -21,7 +21,7 @@ from edgellm.measure.texts import SELF, read_samples
 
 _N_CTX = 512
 _SELF_CHUNKS = 16
-_VERSION = 1  # of what is collected: another one makes older cache files unknown
+_VERSION = 2  # of what is collected: another one makes older cache files unknown
 
 
 def calibrate(

@@ -43,11 +43,14 @@ class Drafts:
         self._opened: dict[Path, ModelDraft | IndexDraft] = {}
         self._contexts: list[Context] = []
         self._unusable: dict[Path, str] = {}
-        self.depth = Depth(verify_cost or None)
+        self._verify_cost = verify_cost or None
+        self.depth = Depth(self._verify_cost)
 
-    def speculator(self, choice: DraftChoice, matcher: Matcher | None = None) -> Speculator | None:
+    def speculator(
+        self, choice: DraftChoice, matcher: Matcher | None = None, *, is_repeatable: bool = False
+    ) -> Speculator | None:
         """For one generation; None where nothing shall be guessed. matcher: of the answer's form, whose forced tokens
-        are guessed first, unless the choice is "off".
+        are guessed first, unless the choice is "off". is_repeatable: the clock must not change what is checked.
 
         Errors, for what was named: GenerationError (this model can't take tokens back), DraftMismatch, ModelFileError.
         """
@@ -58,11 +61,12 @@ class Drafts:
                 return None
             raise GenerationError(f"{reason}, so that nothing can be guessed; use draft off or auto")
         forced = [ForcedDraft(matcher)] if matcher else []
+        depth = Depth(self._verify_cost, looks_at_clock=False) if is_repeatable else self.depth
         if choice == "auto":
-            return Speculator([*forced, NgramDraft(), *self._partners()], self.depth)
+            return Speculator([*forced, NgramDraft(), *self._partners()], depth)
         named = [choice] if choice == "ngram" else ["ngram", choice] if isinstance(choice, str | Path) else choice
         drafts = [NgramDraft() if name == "ngram" else self._open(resolve(name)) for name in named]
-        return Speculator([*forced, *drafts], self.depth)
+        return Speculator([*forced, *drafts], depth)
 
     def refusal(self) -> str:
         """Why this model can't use guesses; "" if it can."""

@@ -128,6 +128,11 @@ class Model:
         return self._context.n_threads
 
     @property
+    def n_vocab(self) -> int:
+        """How many tokens there are."""
+        return self._vocab.size
+
+    @property
     def bos(self) -> int | None:
         """The token that begins every text; None where this model's texts begin without."""
         return self._vocab.bos if self._vocab.adds_bos else None
@@ -349,7 +354,8 @@ class Model:
         with self._held.turn_of(ticket), contextlib.closing(Sampler(self._context, params)) as sampler:
             matcher = self._matcher(params)
             chooser = sampler if matcher is None else ConstrainedSampler(sampler, matcher)
-            speculator = self._drafts.speculator(draft, matcher)
+            is_repeatable = params.seed is not None and params.temperature > 0
+            speculator = self._drafts.speculator(draft, matcher, is_repeatable=is_repeatable)
             yield from stream_generate(self._context, chooser, self._vocab, prompt, params, on_progress, speculator)
 
     def _matcher(self, params: SamplingParams) -> Matcher | None:

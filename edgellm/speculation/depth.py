@@ -17,6 +17,8 @@ MAX_DRAFT = 24
 
 # Steps that one evaluation of n tokens costs, before anything is measured: a cautious middle of several types' curves.
 _USUAL = {1: 1.0, 2: 1.35, 4: 1.6, 8: 2.2, 16: 3.2, 32: 5.5}
+_CAREFUL = {1: 1.0, 2: 1.7, 4: 2.4, 8: 3.8, 16: 6.0, 32: 11.0}  # where nothing will be measured: a slow machine's
+_CAREFUL_GUESS = 0.3  # steps
 _KEPT = 9  # latest measurements of each kind
 _STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
@@ -30,8 +32,15 @@ _PROBE = 2  # guesses of such a trial
 class Depth:
     """What was learned of costs and sources. It may serve many generations of one model."""
 
-    def __init__(self, curve: Mapping[int, float] | None = None) -> None:
-        """curve: number of tokens evaluated together → cost in plain steps, where that was measured before."""
+    def __init__(self, curve: Mapping[int, float] | None = None, *, looks_at_clock: bool = True) -> None:
+        """curve: number of tokens evaluated together → cost in plain steps, where that was measured before.
+
+        looks_at_clock: False chooses by the curve and by what was right alone, so that the same guesses are checked
+        when the same answer is asked for again: the number of tokens evaluated together can turn a tie.
+        """
+        self._looks_at_clock = looks_at_clock
+        if not looks_at_clock and curve is None:
+            curve = _CAREFUL
         self._steps: deque[float] = deque(maxlen=_KEPT)  # seconds of plain steps
         self._checks: dict[int, deque[float]] = {}  # number of tokens → costs in plain steps
         self._curve = dict(_USUAL if curve is None else {1: 1.0, **curve})
@@ -57,12 +66,16 @@ class Depth:
 
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""
+        seconds = seconds if self._looks_at_clock else 1.0
         self._steps.append(seconds)
         self._for_probes += _FOR_PROBES * seconds
 
     def check_took(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
         """A check of these guesses, of which the first n_accepted were right. draft_seconds: until they were there."""
         source, n = self._sources.setdefault(proposal.source, _Source()), len(proposal.tokens)
+        if not self._looks_at_clock:
+            source.learn(n, n_accepted, _CAREFUL_GUESS if proposal.seconds_per_guess else 0.0)
+            return
         source.learn(n, n_accepted, proposal.seconds_per_guess)
         self._for_probes += _FOR_PROBES * seconds
         if not self._steps:

@@ -279,7 +279,7 @@ def test_chat_in_a_pipe_takes_lines_as_turns_and_commands(model_path: Path, tmp_
         "system: Be brief.",
     ):
         assert line in printed
-    assert [m["role"] for m in json.loads(session.read_text())["messages"]] == ["user", "assistant"]
+    assert [m["role"] for m in json.loads(session.read_bytes().splitlines()[0])["messages"]] == ["user", "assistant"]
     assert result.returncode == 1  # a command failed, as scripts want to know
 
 

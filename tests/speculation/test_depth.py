@@ -98,6 +98,21 @@ def test_no_more_is_chosen_than_there_is() -> None:
     assert depth.choose("draft", 1000) <= MAX_DRAFT
 
 
+def test_without_the_clock_only_what_was_right_decides() -> None:
+    def choices(seconds: float) -> list[int]:
+        depth, found = Depth(looks_at_clock=False), []
+        for i in range(200):
+            found.append(k := depth.choose("draft", 8))
+            if k:
+                depth.check_took(Proposal([0] * k, "draft"), k if i % 3 else 0, seconds * i, 0.0)
+            else:
+                depth.step_took(seconds / (i + 1))
+        return found
+
+    assert choices(0.001) == choices(7.0)
+    assert max(choices(1.0)) > 0
+
+
 def test_costs_between_measured_ones_follow_the_curve() -> None:
     depth = Depth({2: 1.5, 4: 2.5})
     assert [depth.cost(n) for n in (1, 2, 3, 4)] == [1.0, 1.5, 2.0, 2.5]
