@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from edgellm.config import DEFAULT_N_CTX, LoadParams, SamplingParams
-from edgellm.errors import Cancelled
+from edgellm.errors import Cancelled, GenerationError, TextError
 
 if TYPE_CHECKING:
     from edgellm.engine.model import Model
@@ -49,6 +49,10 @@ DraftName: TypeAlias = Annotated[
     ),
 ]
 
+SchemaFile: TypeAlias = Annotated[
+    Path | None, typer.Option("--schema", metavar="FILE", help="JSON Schema that the answer must be valid for.")
+]
+
 DEFAULT_DRAFT = "auto"
 
 
@@ -74,6 +78,18 @@ def sampling_params(path: Path, fallback: SamplingParams, given: dict[str, Any])
     card = card_for(path)
     advised = _replace_sampling(fallback, dict(card.sampling) if card else {})
     return _replace_sampling(advised, given)
+
+
+def read_schema(path: Path | None) -> str | None:
+    """The text of a schema's file. TextError: it can't be read, or is no JSON."""
+    if path is None:
+        return None
+    from edgellm.constraint import schema_text
+
+    try:
+        return schema_text(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, GenerationError) as exc:
+        raise TextError(f"cannot use the schema {path}: {exc}") from exc
 
 
 def open_model(name: str | None, params: LoadParams, lora: list[str] | None = None) -> Model:

@@ -41,6 +41,7 @@ def run(
     flash_attn: options.FlashAttention = None,
     lora: options.LoraFiles = None,
     draft: options.DraftName = options.DEFAULT_DRAFT,
+    schema: options.SchemaFile = None,
 ) -> None:
     """Print one answer and exit. The prompt is an argument, or piped in, or both."""
     if raw and system is not None:
@@ -53,6 +54,7 @@ def run(
         "top_p": top_p,
         "min_p": min_p,
         "stop": stop or None,
+        "schema": options.read_schema(schema),
     }
     params = options.load_params(n_ctx, threads, load_mode, kv_type, flash_attn)
     options.check_sampling(given)
