@@ -26,6 +26,7 @@ from edgellm.gguf_header import GGUFHeader, check_loadable
 from edgellm.measure.choice import (
     DEFAULT_ATTENTION,
     FULL_DEPTHS,
+    N_READ,
     N_STEPS,
     AttentionPlan,
     Timed,
@@ -40,6 +41,7 @@ from edgellm.measure.choice import (
 )
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
+from edgellm.native.stretch import stretch
 from edgellm.native.undisturbed import interleaved
 
 BUDGET_S = 60.0
@@ -107,10 +109,17 @@ class _Contestant:
         return (time.perf_counter() - started) / n_tokens
 
     def fill(self, depth: int, deadline: float) -> bool:
-        """Read on to a depth (at least one token). False: given up, because it would have taken too long."""
-        context, depth = self.context, max(1, depth)
-        context.set_threads(self.n_threads)
-        while missing := self._text[len(context.tokens) : min(depth, len(context.tokens) + context.n_batch)]:
+        """Come to a depth (at least one token) by reading at least the end of it; before that, where the model allows
+        it, a short text is repeated. False: given up, because it would have taken too long.
+        """
+        self.context.set_threads(self.n_threads)
+        if depth > 2 * N_READ and self._read_on(N_READ, deadline):
+            stretch(self.context, depth - N_READ)
+        return self._read_on(max(1, depth), deadline)
+
+    def _read_on(self, depth: int, deadline: float) -> bool:
+        context = self.context
+        while missing := self._text[len(context.tokens) : min(depth, len(context.tokens) + N_READ)]:
             started = time.perf_counter()
             if started > deadline:
                 return False
@@ -188,6 +197,8 @@ class _Run:
         self._first.read(8)
         reads, steps = [self._first.read(_READ) for _ in range(2)], [self._first.step() for _ in range(3)]
         self._speed = Timed(min(reads), min(steps))
+        self._stretches = stretch(self._first.context, 2 * _READ)
+        self._first.read(_READ)
 
     def measure_threads(self) -> None:
         counts = thread_counts(physical_cpu_count())
@@ -217,7 +228,8 @@ class _Run:
 
     def measure_attention(self) -> None:
         reserve = 60 * self._speed.decode + _STAGE_S  # for what comes after
-        plan = plan_attention(self._speed, self.seconds_left - reserve, self._n_ctx_max, self._n_kinds_in_memory())
+        seconds = self.seconds_left - reserve
+        plan = plan_attention(self._speed, seconds, self._n_ctx_max, self._n_kinds_in_memory(), self._stretches)
         self.dropped += plan.dropped
         self._open_kinds(plan)
         decode: dict[Attention, dict[int, float]] = {kind: {} for kind in self._kinds}
