@@ -7,6 +7,7 @@ compared by turns (`undisturbed.interleaved`). Whatever there is no time or memo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -166,6 +167,7 @@ class _Run:
         self.header, self.progress = header, progress
         self._stack, self._deadline = stack, deadline
         self._started = time.perf_counter()
+        self._busy_before = _busy_cores()
         self._models: dict[LoadMode, NativeModel] = {}
         self._kinds: dict[Attention, _Contestant] = {}
         self._speed = Timed(0.0, 0.0)
@@ -313,7 +315,8 @@ class _Run:
         self.measured["batch"] = [{"n_batch": n, "prompt": 1 / seconds} for n, seconds in found.items()]
 
     def tuning(self) -> Tuning:
-        self.measured |= {"seconds": time.perf_counter() - self._started, "dropped": self.dropped}
+        seconds = time.perf_counter() - self._started
+        self.measured |= {"seconds": seconds, "dropped": self.dropped, "busy_cores_before": self._busy_before}
         return Tuning(
             self.n_threads, self.n_batch, self.load_mode, self.attention, dict(self.verify_cost), self.measured
         )
@@ -376,6 +379,14 @@ class _Run:
     def _n_kinds_in_memory(self) -> int:
         need = memory_need(self.header, LoadParams(n_ctx=2000 + _ROOM, load_mode=self.load_mode))
         return available_memory().available // (2 * max(1, need.kv + need.compute))
+
+
+def _busy_cores() -> float | None:
+    """How many cores others kept busy during the last minute; None where the system doesn't tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _speeds(timed: Timed) -> dict[str, float]:
