@@ -14,6 +14,8 @@ from edgellm.cli.console import clear_status, say, status
 if TYPE_CHECKING:
     from edgellm.engine.tuned import Tuning
 
+_BUSY = 0.5  # cores that others use: ggml's threads wait for each other, so that one busy core slows all of them
+
 
 def tune(
     model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
@@ -46,6 +48,8 @@ def tune(
     else:
         _print(path, tuning)
         say(f"stored in {file}", dim=True)
+    if (tuning.measured.get("busy_cores_before") or 0) > _BUSY:
+        say("other programs kept this machine busy: better run it again when they don't, or --forget what was found")
 
 
 def _show(label: str, fraction: float) -> None:

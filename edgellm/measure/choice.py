@@ -17,6 +17,7 @@ Key = TypeVar("Key")
 
 DEPTHS = (0, 700, 2000)  # tokens of context at which decoding is timed
 FULL_DEPTHS, N_FINALISTS = 2, 3  # beyond the first two depths, only so many kinds are measured
+N_READ = 192  # tokens that are read, at least, to come to a depth
 N_STEPS = 48  # decoded at each of them with each kind of attention
 DEFAULT_ATTENTION = Attention("f16", True)  # what llama.cpp chooses itself, wherever it can
 KINDS = (
@@ -50,25 +51,29 @@ class AttentionPlan:
     dropped: tuple[str, ...]
 
 
-def plan_attention(speed: Timed, seconds: float, n_ctx_max: int, n_kinds_in_memory: int) -> AttentionPlan:
+def plan_attention(
+    speed: Timed, seconds: float, n_ctx_max: int, n_kinds_in_memory: int, stretches: bool = True
+) -> AttentionPlan:
     """The most that can be measured in `seconds` at this speed; nothing (no kinds) if there is no time for two.
 
-    n_ctx_max: tokens the model was trained with. n_kinds_in_memory: contexts there is room for at a time.
+    n_ctx_max: tokens the model was trained with. n_kinds_in_memory: contexts there is room for at a time. stretches:
+    whether a short context can be repeated, instead of reading all of a long one.
     """
     depths = tuple(depth for depth in DEPTHS if depth == 0 or depth + 2 * N_STEPS <= n_ctx_max)
     for n_depths, n_kinds in _PREFERRED:
         few, kinds = depths[:n_depths], KINDS[:n_kinds]
-        if n_kinds <= n_kinds_in_memory and attention_seconds(speed, few, n_kinds) <= seconds:
+        if n_kinds <= n_kinds_in_memory and attention_seconds(speed, few, n_kinds, stretches) <= seconds:
             return AttentionPlan(few, kinds, tuple(_words(few, depths, kinds)))
     return AttentionPlan((), (), ("kinds of KV cache and flash attention",))
 
 
-def attention_seconds(speed: Timed, depths: Sequence[int], n_kinds: int) -> float:
+def attention_seconds(speed: Timed, depths: Sequence[int], n_kinds: int, stretches: bool = True) -> float:
     """How long measuring so many kinds at these depths takes; only the finalists are taken to the third."""
     total, before = 0.0, 0
     for i, depth in enumerate(depths):
         n = n_kinds if i < FULL_DEPTHS else min(n_kinds, N_FINALISTS)
-        total += n * _DEEPER * ((depth - before) * speed.prompt + N_STEPS * speed.decode)
+        n_read = depth - before if not stretches else min(depth - before, N_READ if before else 2 * N_READ)
+        total += n * _DEEPER * (n_read * speed.prompt + N_STEPS * speed.decode)
         before = depth
     return total
 

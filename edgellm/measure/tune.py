@@ -7,6 +7,7 @@ compared by turns (`undisturbed.interleaved`). Whatever there is no time or memo
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -26,6 +27,7 @@ from edgellm.gguf_header import GGUFHeader, check_loadable
 from edgellm.measure.choice import (
     DEFAULT_ATTENTION,
     FULL_DEPTHS,
+    N_READ,
     N_STEPS,
     AttentionPlan,
     Timed,
@@ -40,6 +42,7 @@ from edgellm.measure.choice import (
 )
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
+from edgellm.native.stretch import stretch
 from edgellm.native.undisturbed import interleaved
 
 BUDGET_S = 60.0
@@ -107,10 +110,17 @@ class _Contestant:
         return (time.perf_counter() - started) / n_tokens
 
     def fill(self, depth: int, deadline: float) -> bool:
-        """Read on to a depth (at least one token). False: given up, because it would have taken too long."""
-        context, depth = self.context, max(1, depth)
-        context.set_threads(self.n_threads)
-        while missing := self._text[len(context.tokens) : min(depth, len(context.tokens) + context.n_batch)]:
+        """Come to a depth (at least one token) by reading at least the end of it; before that, where the model allows
+        it, a short text is repeated. False: given up, because it would have taken too long.
+        """
+        self.context.set_threads(self.n_threads)
+        if depth > 2 * N_READ and self._read_on(N_READ, deadline):
+            stretch(self.context, depth - N_READ)
+        return self._read_on(max(1, depth), deadline)
+
+    def _read_on(self, depth: int, deadline: float) -> bool:
+        context = self.context
+        while missing := self._text[len(context.tokens) : min(depth, len(context.tokens) + N_READ)]:
             started = time.perf_counter()
             if started > deadline:
                 return False
@@ -157,6 +167,7 @@ class _Run:
         self.header, self.progress = header, progress
         self._stack, self._deadline = stack, deadline
         self._started = time.perf_counter()
+        self._busy_before = _busy_cores()
         self._models: dict[LoadMode, NativeModel] = {}
         self._kinds: dict[Attention, _Contestant] = {}
         self._speed = Timed(0.0, 0.0)
@@ -188,6 +199,8 @@ class _Run:
         self._first.read(8)
         reads, steps = [self._first.read(_READ) for _ in range(2)], [self._first.step() for _ in range(3)]
         self._speed = Timed(min(reads), min(steps))
+        self._stretches = stretch(self._first.context, 2 * _READ)
+        self._first.read(_READ)
 
     def measure_threads(self) -> None:
         counts = thread_counts(physical_cpu_count())
@@ -217,7 +230,8 @@ class _Run:
 
     def measure_attention(self) -> None:
         reserve = 60 * self._speed.decode + _STAGE_S  # for what comes after
-        plan = plan_attention(self._speed, self.seconds_left - reserve, self._n_ctx_max, self._n_kinds_in_memory())
+        seconds = self.seconds_left - reserve
+        plan = plan_attention(self._speed, seconds, self._n_ctx_max, self._n_kinds_in_memory(), self._stretches)
         self.dropped += plan.dropped
         self._open_kinds(plan)
         decode: dict[Attention, dict[int, float]] = {kind: {} for kind in self._kinds}
@@ -301,7 +315,8 @@ class _Run:
         self.measured["batch"] = [{"n_batch": n, "prompt": 1 / seconds} for n, seconds in found.items()]
 
     def tuning(self) -> Tuning:
-        self.measured |= {"seconds": time.perf_counter() - self._started, "dropped": self.dropped}
+        seconds = time.perf_counter() - self._started
+        self.measured |= {"seconds": seconds, "dropped": self.dropped, "busy_cores_before": self._busy_before}
         return Tuning(
             self.n_threads, self.n_batch, self.load_mode, self.attention, dict(self.verify_cost), self.measured
         )
@@ -364,6 +379,14 @@ class _Run:
     def _n_kinds_in_memory(self) -> int:
         need = memory_need(self.header, LoadParams(n_ctx=2000 + _ROOM, load_mode=self.load_mode))
         return available_memory().available // (2 * max(1, need.kv + need.compute))
+
+
+def _busy_cores() -> float | None:
+    """How many cores others kept busy during the last minute; None where the system doesn't tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
 
 
 def _speeds(timed: Timed) -> dict[str, float]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from edgellm.config import LoadParams, physical_cpu_count
 from edgellm.engine import tuned
 from edgellm.engine.tuned import Attention, Tuning
 from edgellm.measure import choice, tune
+from edgellm.native.context import Context
+from edgellm.native.model import NativeModel
+from edgellm.native.stretch import stretch
 from edgellm.native.undisturbed import interleaved
 
 EDGELLM = [sys.executable, "-c", "from edgellm.cli.main import main; main()"]
@@ -85,6 +89,25 @@ def test_comparing_takes_turns_and_ends() -> None:
     assert order[:4] == ["fast", "slow", "slow", "fast"]
     assert order.count("fast") == order.count("slow") <= 3 * 4
     assert interleaved({"once": lambda: 1.0}, patience=0) == {"once": 1.0}
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])  # values are stored by rows, or by columns
+def test_a_short_context_repeated_is_as_good_as_a_long_one(model_path: Path, flash_attn: bool) -> None:
+    native = NativeModel(model_path)
+    with closing(native), closing(Context(native, LoadParams(n_ctx=512, flash_attn=flash_attn))) as context:
+        context.decode(list(range(100, 140)))
+        assert stretch(context, 90)
+        assert context.tokens == [*range(100, 140), *range(100, 140), *range(100, 110)]
+        assert context._memory_range() == (0, 89)
+        context.step(7)
+        first = context.logits([1, 2, 3])
+        assert (first == context.logits([1, 2, 3])).all()
+        context.reuse_prefix(())
+        assert not stretch(context, 90)  # there is nothing to repeat
+        context.decode([1, 2, 3])
+        assert not stretch(context, 5000)  # it doesn't fit, and nothing has changed
+        assert context.tokens == [1, 2, 3]
+        assert context._memory_range() == (0, 2)
 
 
 def test_a_slow_minute_of_the_machine_hits_all_alike() -> None:
