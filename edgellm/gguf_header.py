@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ class GGUFHeader:
     tensors: dict[str, TensorInfo]
     n_bytes: int
     kinds: dict[str, int]  # of each metadata entry: its GGUF value type
-    spans: dict[str, tuple[int, int]]  # of each: from where to where it stands in the file
-    data_start: int  # where the first tensor's bytes begin
-    infos_end: int  # where the list of tensors before them ends
-    alignment: int
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # of each: from where to where it is in the file
+    data_start: int = 0  # where the first tensor's bytes begin
+    infos_end: int = 0  # where the list of tensors before them ends
+    alignment: int = 32
 
     @property
     def architecture(self) -> str:
