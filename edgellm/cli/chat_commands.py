@@ -88,7 +88,7 @@ def _regen(session: Session, _: str) -> None:
 
 
 def _save(session: Session, argument: str) -> None:
-    """FILE writes the conversation as JSON"""
+    """FILE keeps the conversation, and what the model remembers of it"""
     if not argument:
         say("usage: /save FILE")
         return
@@ -103,6 +103,8 @@ def _load(session: Session, argument: str) -> None:
         return
     session.conversation = Conversation.load(session.model, argument)
     say(f"{len(session.conversation.messages)} messages loaded")
+    if session.conversation.notice:
+        say(f"{session.conversation.notice}; they are read again")
 
 
 def _lora(session: Session, argument: str) -> None:
