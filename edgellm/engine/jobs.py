@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from edgellm.chat.template import check_messages
 from edgellm.config import SamplingParams
 from edgellm.engine.model import Model
 from edgellm.engine.parallel import Answer, Request
@@ -99,9 +100,10 @@ def answers(
 def _request(model: Model, job: Job, params: SamplingParams, system: str | None) -> Request:
     given = {_OTHER_NAMES.get(name, name): value for name, value in job.body.items()}
     changes = {name: value for name, value in given.items() if name in _SETTINGS and value is not None}
-    messages = job.body.get("messages") or [{"role": "user", "content": job.body["prompt"]}]
-    if system and messages[0].get("role") != "system":
-        messages = [{"role": "system", "content": system}, *messages]
+    asked = job.body.get("messages")
+    messages = check_messages([{"role": "user", "content": job.body["prompt"]}] if asked is None else asked)
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     return Request(job, model.chat_tokens(messages), replace(params, **changes))
 
 

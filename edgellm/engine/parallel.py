@@ -103,6 +103,8 @@ class _Batch:
         n = len(request.prompt)
         if not n:
             return Answer(request.key, error="the prompt is empty")
+        if request.params.is_constrained:
+            return Answer(request.key, prompt_tokens=n, error="an answer of a given form can't be part of a batch yet")
         if n >= self._budget:
             return Answer(
                 request.key,

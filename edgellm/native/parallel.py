@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,53 +83,64 @@ class ParallelContext:
 
         prompt: what the penalties look back on.
         """
-        lib = self._lib
-        lib.llama_memory_seq_rm(self._memory, sequence, 0, -1)
-        if copied_from is not None and n:
-            lib.llama_memory_seq_cp(self._memory, copied_from, sequence, 0, n)
-        self._drop_chain(sequence)
-        self._chains[sequence] = make_chain(lib, params, self.model.vocab.size, self.n_ctx, prompt)
+        with self._open() as lib:
+            self._clear(sequence)
+            if copied_from is not None and n:
+                lib.llama_memory_seq_cp(self._memory, copied_from, sequence, 0, n)
+            self._chains[sequence] = make_chain(lib, params, self.model.vocab.size, self.n_ctx, prompt)
 
     def finish(self, sequence: int) -> None:
         """Free what the sequence holds."""
-        self._lib.llama_memory_seq_rm(self._memory, sequence, 0, -1)
-        self._drop_chain(sequence)
+        with self._open():
+            self._clear(sequence)
 
-    def _drop_chain(self, sequence: int) -> None:
+    def _clear(self, sequence: int) -> None:
+        self._lib.llama_memory_seq_rm(self._memory, sequence, 0, -1)
         chain = self._chains.pop(sequence, None)
         if chain is not None:
             self._lib.llama_sampler_free(chain)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        """llama.cpp, while nobody else frees the context."""
+        with self._lock:
+            if not self._free.alive:
+                raise GenerationError("the model is closed; load it again")
+            yield self._lib
 
     def decode(self, pieces: Sequence[Piece]) -> dict[int, int]:
         """Evaluate all pieces, at most n_batch tokens together. Returns sequence → the token chosen after its piece.
 
         Errors: ContextFull (no cells left; nothing was evaluated), GenerationError.
         """
+        with self._open() as lib:
+            rows = self._fill(pieces)
+            code = lib.llama_decode(self._pointer, self._batch)
+            if code == 0:
+                sample = lib.llama_sampler_sample
+                return {seq: int(sample(self._chains[seq], self._pointer, row)) for seq, row in rows.items()}
+        if code == 2:
+            raise Cancelled("cancelled while tokens were being evaluated")
+        if code == 1:
+            raise ContextFull(f"the {self.n_ctx} tokens of context are used up by {len(self._chains)} sequences")
+        reason = library.last_error("llama.cpp gave no reason")
+        raise GenerationError(f"llama.cpp could not evaluate {self._batch.n_tokens} tokens (code {code}): {reason}")
+
+    def _fill(self, pieces: Sequence[Piece]) -> dict[int, int]:
+        """The batch; returns sequence → where in it the logits of its piece are asked for."""
         batch, n = self._batch, 0
         rows: dict[int, int] = {}
         for piece in pieces:
             for k, token in enumerate(piece.tokens):
                 batch.token[n], batch.pos[n] = token, piece.position + k
                 batch.n_seq_id[n], batch.seq_id[n][0] = 1, piece.sequence
-                is_last = k == len(piece.tokens) - 1
-                batch.logits[n] = 1 if piece.wants_logits and is_last else 0
-                if piece.wants_logits and is_last:
-                    rows[piece.sequence] = n
+                batch.logits[n] = 0
                 n += 1
+            if piece.wants_logits:
+                rows[piece.sequence] = n - 1
+                batch.logits[n - 1] = 1
         batch.n_tokens = n
-        with self._lock:
-            if not self._free.alive:
-                raise GenerationError("the model is closed; load it again")
-            code = self._lib.llama_decode(self._pointer, batch)
-        if code == 2:
-            raise Cancelled("cancelled while tokens were being evaluated")
-        if code == 1:
-            raise ContextFull(f"the {self.n_ctx} tokens of context are used up by {len(self._chains)} sequences")
-        if code:
-            reason = library.last_error("llama.cpp gave no reason")
-            raise GenerationError(f"llama.cpp could not evaluate {n} tokens (code {code}): {reason}")
-        sample = self._lib.llama_sampler_sample
-        return {sequence: int(sample(self._chains[sequence], self._pointer, row)) for sequence, row in rows.items()}
+        return rows
 
 
 def _release(lib: Any, pointer: Any, batch: Any, chains: dict[int, Any], _model: NativeModel) -> None:

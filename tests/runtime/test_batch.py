@@ -150,25 +150,29 @@ def test_lines_of_every_shape_and_bad_ones(model_path: Path, tmp_path: Path) -> 
         '{"custom_id": "n", "prompt": 5}',
         '{"custom_id": "t", "prompt": "x", "temperature": -1}',
         '{"custom_id": "m", "messages": [{"role": "user"}]}',
+        '{"custom_id": "e", "messages": []}',
+        '{"custom_id": "s", "messages": ["Hi"]}',
+        '{"custom_id": "f", "prompt": "x", "schema": {"type": "boolean"}}',
         "[1]",
         "",
     ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines), encoding="utf-8")
-    result = edgellm_batch(model_path, source, "-o", out, "--n-ctx", 256, "--parallel", 2)
+    result = edgellm_batch(model_path, source, "-o", out, "--n-ctx", 256, "--parallel", 2, "--system", "Be brief.")
     assert (result.returncode, result.stdout) == (1, b"")
-    assert b"8 answers, 5 of them errors" in result.stderr
+    assert b"11 answers, 8 of them errors" in result.stderr
     records = {r["custom_id"]: r for r in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
-    assert set(records) == {"plain", "line-2", "o", "line-4", "n", "t", "m", "line-8"}
+    assert set(records) == {"plain", "line-2", "o", "line-4", "n", "t", "m", "e", "s", "f", "line-11"}
     assert records["plain"]["usage"]["completion_tokens"] == 5
     assert records["plain"]["error"] is None
     assert records["line-2"]["text"]
     answer = records["o"]["response"]["body"]
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] == 3
+    assert "can't be part of a batch" in records["f"]["error"]["message"]
     assert "temperature is -1" in records["t"]["error"]["message"]
     again = edgellm_batch(model_path, source, "-o", out)
-    assert (again.returncode, b"8 of 8 lines are answered already" in again.stderr) == (0, True)
+    assert (again.returncode, b"11 of 11 lines are answered already" in again.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(
