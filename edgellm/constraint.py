@@ -53,26 +53,21 @@ class Matcher:
         """The tokens that must follow, as the model would most likely spell them; often none."""
         return list(self._matcher.compute_ff_tokens())
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer may end here."""
-        return bool(self._matcher.is_accepting())
-
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(str(self._matcher.get_error()).split())
             raise GenerationError(f"the answer's form can't be used: {reason[:300]}; simplify the schema or grammar")
 
 
-def grammar_of(params: SamplingParams) -> str | None:
-    """llguidance's grammar for what the parameters ask; None where they ask for nothing. GenerationError: no schema."""
+def grammar_of(params: SamplingParams) -> str:
+    """llguidance's grammar for the form the parameters ask for. GenerationError: the schema is none."""
     from llguidance import LLMatcher
 
     if params.schema is not None:
         return str(LLMatcher.grammar_from_json_schema(schema_text(params.schema), overrides=_JSON))
     if params.regex is not None:
         return str(LLMatcher.grammar_from_regex(params.regex))
-    return str(LLMatcher.grammar_from_lark(params.lark)) if params.lark is not None else None
+    return str(LLMatcher.grammar_from_lark(params.lark))
 
 
 def schema_text(schema: Any) -> str:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import codecs
 import functools
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+from edgellm.errors import GenerationError
 
 # Unicode's own "never a character" range; the first that occurs in no message becomes the mark
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -184,3 +187,11 @@ def _map_strings(value: Any, change: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_map_strings(item, change) for item in value]
     return value
+
+
+def plain_ids(tokens: Sequence[int]) -> list[int]:
+    """numpy's integers too, as ints. GenerationError for anything else."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as exc:
+        raise GenerationError(f"token ids must be integers: {exc}") from exc

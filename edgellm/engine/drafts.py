@@ -7,11 +7,11 @@ import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgellm.catalog.cards import card_for, resolve
 from edgellm.catalog.partners import partners_of, set_partners
 from edgellm.config import LoadParams
-from edgellm.constraint import Matcher
 from edgellm.errors import DraftMismatch, EdgeLLMError, GenerationError
 from edgellm.gguf_header import GGUFHeader, check_loadable, read_header
 from edgellm.native.context import Context
@@ -21,6 +21,9 @@ from edgellm.speculation.drafts import Draft, DraftChoice, ForcedDraft, NgramDra
 from edgellm.speculation.model_draft import ModelDraft, check_same_vocabulary
 from edgellm.speculation.text_index import IndexDraft, is_index
 from edgellm.speculation.verify import Speculator
+
+if TYPE_CHECKING:
+    from edgellm.constraint import Matcher
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,10 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from edgellm.catalog import cards
-from edgellm.chat.session import Memory
 from edgellm.config import LoadParams, SamplingParams
-from edgellm.constraint import Matcher, grammar_of
 from edgellm.engine.adapters import Lora
 from edgellm.engine.drafts import N_OUTPUTS
-from edgellm.engine.identity import memory_maker
 from edgellm.engine.memory import check_fits
-from edgellm.engine.parallel import Answer, Request, answer_all
 from edgellm.engine.resources import Resources
 from edgellm.engine.stream import Stream, Ticket, iterate_async
 from edgellm.engine.tuned import settings_in_force, settle, tuning_for
@@ -33,14 +28,16 @@ from edgellm.errors import ContextFull, GenerationError
 from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
 from edgellm.gguf_header import check_loadable
 from edgellm.native.sampler import ConstrainedSampler, Sampler
-from edgellm.native.state import restore_state, save_state
 from edgellm.speculation.drafts import DraftChoice
-from edgellm.text import ControlMarker
+from edgellm.text import ControlMarker, plain_ids
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgellm.chat.session import Memory
     from edgellm.chat.template import ChatTemplate
+    from edgellm.constraint import Matcher
+    from edgellm.engine.parallel import Answer, Request
 
     FloatMatrix = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -234,7 +231,7 @@ class Model:
     def detokenize(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD. special: control tokens are written out."""
         self._held.check_open()
-        return self._vocab.detokenize(_plain_ints(ids), special=special)
+        return self._vocab.detokenize(plain_ids(ids), special=special)
 
     def logits(self, tokens: Sequence[int]) -> FloatMatrix:
         """Logits after each token, from an empty context: float32 (n_tokens, n_vocab). Doesn't disturb a chat.
@@ -243,7 +240,7 @@ class Model:
         """
         self._check_fits_training(len(tokens))
         with self._held.side_context(n_ctx=max(1, len(tokens)), n_outputs=_LOGIT_ROWS) as context:
-            return context.logits(_plain_ints(tokens))
+            return context.logits(plain_ids(tokens))
 
     def embed(self, texts: str | Sequence[str]) -> FloatMatrix:
         """Embeddings of length 1, pooled as the model says (or the mean): float32 (n_texts, n_embd).
@@ -280,15 +277,22 @@ class Model:
     @property
     def memory_maker(self) -> Mapping[str, Any]:
         """All that must be the same for a saved memory to be used: model, adapters, template, types of the KV cache."""
+        from edgellm.engine.identity import memory_maker
+
         return memory_maker(self.path, self.metadata, self._held.adapters.in_use, self.settings)
 
     def save_memory(self) -> Memory:
         """What the model holds of the conversation it was last in. Waits for a running generation."""
+        from edgellm.chat.session import Memory
+        from edgellm.native.state import save_state
+
         with self._held.turn_of(Ticket(None)):
             return Memory(tuple(self._context.tokens), self.memory_maker, save_state(self._context))
 
     def restore_memory(self, memory: Memory) -> bool:
         """Go on from a memory that a model with the same `memory_maker` saved. False, and nothing held, if it can't."""
+        from edgellm.native.state import restore_state
+
         with self._held.turn_of(Ticket(None)):
             self._vocab.check_ids(memory.tokens)
             return restore_state(self._context, memory.tokens, memory.data)
@@ -312,7 +316,7 @@ class Model:
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         self._held.check_open()
-        ids = self._marker.encode(prompt) if isinstance(prompt, str) else _plain_ints(prompt)
+        ids = self._marker.encode(prompt) if isinstance(prompt, str) else plain_ids(prompt)
         if not ids:
             raise GenerationError("the prompt is empty; give at least one token")
         self._vocab.check_ids(ids)
@@ -360,8 +364,11 @@ class Model:
 
     def _matcher(self, params: SamplingParams) -> Matcher | None:
         """Of the answer's form, from its beginning. GenerationError where the form can't be used."""
-        grammar = grammar_of(params) if params.is_constrained else None
-        return None if grammar is None else Matcher(self._grammar_tokenizer, grammar)
+        if not params.is_constrained:
+            return None
+        from edgellm.constraint import Matcher, grammar_of
+
+        return Matcher(self._grammar_tokenizer, grammar_of(params))
 
     @functools.cached_property
     def _grammar_tokenizer(self) -> Any:
@@ -378,6 +385,8 @@ class Model:
         whose turn it waits for and holds.
         Errors: GenerationError (no memory), Cancelled. A request that can't be answered gives an Answer with an error.
         """
+        from edgellm.engine.parallel import answer_all
+
         with self._held.parallel_context(n_parallel, n_ctx or self.n_ctx) as context:
             yield from answer_all(context, self._vocab, requests)
 
@@ -388,11 +397,3 @@ class Model:
             raise ContextFull(
                 f"{n_tokens} tokens, but the model was trained with a context of {limit}; shorten the text"
             )
-
-
-def _plain_ints(tokens: Sequence[int]) -> list[int]:
-    """numpy's integers too, as ints. GenerationError for anything else."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError as exc:
-        raise GenerationError(f"token ids must be integers: {exc}") from exc
