@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from edgellm.errors import ModelFileError, OutputError
 from edgellm.gguf_header import GGUFHeader, read_header
+from edgellm.whole_file import whole_file
 
 _COUNTS = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
 _STRING, _ARRAY = 8, 9
@@ -29,19 +30,13 @@ def set_entry(path: Path, key: str, value: str | list[str] | None) -> None:
     header = read_header(path)
     if header.metadata.get(key) == value:
         return
-    partial = path.with_name(f"{path.name}.partial")
     _check_room(path, header.n_bytes)
     try:
-        with path.open("rb") as old, partial.open("wb") as new:
+        with path.open("rb") as old, whole_file(path) as new:
             _write(old, new, header, key, value)
-            new.flush()
-            os.fsync(new.fileno())
-        shutil.copymode(path, partial)
-        os.replace(partial, path)
+            shutil.copymode(path, new.name)
     except OSError as exc:
         raise OutputError(f"cannot write {path}: {exc.strerror or exc}; it is as it was") from exc
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _check_room(path: Path, n_bytes: int) -> None:

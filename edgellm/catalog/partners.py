@@ -17,6 +17,7 @@ from pathlib import Path
 from edgellm.errors import OutputError
 from edgellm.gguf_header import GGUFHeader
 from edgellm.gguf_metadata import set_entry
+from edgellm.whole_file import whole_file
 
 PARTNER_KEY = "edgellm.draft"  # of a GGUF: the file of its draft, or a list of them, from the model's own folder on
 
@@ -52,9 +53,8 @@ def set_partners(header: GGUFHeader, drafts: Sequence[Path]) -> str:
             return "in no note any more"
         note.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": path.name, "drafts": [str(draft.resolve()) for draft in drafts]}
-        partial = note.with_name(f"{note.name}.partial")
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(partial, note)
+        with whole_file(note) as file:
+            file.write(json.dumps(content, indent=1).encode())
     except OSError as exc:
         raise OutputError(f"cannot write {note}: {exc.strerror or exc}; name the draft with --draft instead") from exc
     return f"in a note of yours, as {path.name} is part of a package or can't be written"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgellm.cli import options
-from edgellm.cli.console import clear_status, say, status
+from edgellm.cli.console import clear_status, measuring, say
 
 _BAR = 32  # characters of the longest
 _NAMES = {
@@ -45,7 +45,7 @@ def bench(
     if html is not None:
         _check_writable(html)
     try:
-        found = measure(path, params, rounds=rounds, compare=compare, on_progress=_show)
+        found = measure(path, params, rounds=rounds, compare=compare, on_progress=measuring)
     finally:
         clear_status()
     if html is not None:
@@ -65,10 +65,6 @@ def _check_writable(path: Path) -> None:
 
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise OutputError(f"cannot write {path}: no such folder, or a folder itself; give the name of a file")
-
-
-def _show(label: str, fraction: float) -> None:
-    status(f"measuring: {label}, {100 * fraction:.0f} %")
 
 
 def named(figure: dict[str, Any]) -> str:

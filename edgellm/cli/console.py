@@ -55,6 +55,11 @@ def clear_status() -> None:
         sys.stderr.flush()
 
 
+def measuring(label: str, fraction: float) -> None:
+    """A progress callback of what measures one thing after the other."""
+    status(f"measuring: {label}, {100 * fraction:.0f} %")
+
+
 def percentage(label: str) -> Callable[[float], None]:
     """A progress callback that shows whole per cents; nothing for what is done at once."""
     shown = 0

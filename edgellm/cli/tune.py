@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgellm.cli.console import clear_status, say, status
+from edgellm.cli.console import clear_status, measuring, say
 
 if TYPE_CHECKING:
     from edgellm.engine.tuned import Tuning
@@ -39,7 +39,7 @@ def tune(
     from edgellm.measure.tune import tune as measure
 
     try:
-        tuning = measure(path, seconds=seconds, on_progress=_show)
+        tuning = measure(path, seconds=seconds, on_progress=measuring)
     finally:
         clear_status()
     file = tuned.save(path, tuning)
@@ -50,10 +50,6 @@ def tune(
         say(f"stored in {file}", dim=True)
     if (tuning.measured.get("busy_cores_before") or 0) > _BUSY:
         say("other programs kept this machine busy: better run it again when they don't, or --forget what was found")
-
-
-def _show(label: str, fraction: float) -> None:
-    status(f"measuring: {label}, {100 * fraction:.0f} %")
 
 
 def _print(path: Path, tuning: Tuning) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TypeVar
 
 from edgellm.config import LoadParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
@@ -17,6 +19,8 @@ from edgellm.gguf_header import GGUFHeader
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
 from edgellm.native.parallel import ParallelContext
+
+AnyContext = TypeVar("AnyContext", Context, ParallelContext)
 
 
 class Resources:
@@ -86,44 +90,40 @@ class Resources:
 
     def open_context(self, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> Context:
         """A context with the adapters in use. Errors: GenerationError (closed, no memory)."""
+        return self._opened(lambda: Context(self.native, params, n_outputs=n_outputs, embeddings=embeddings))
+
+    def _opened(self, make: Callable[[], AnyContext]) -> AnyContext:
         with self._closing:
             self.check_open()
-            context = Context(self.native, params, n_outputs=n_outputs, embeddings=embeddings)
+            context = make()
             self._contexts.add(context)
             context.use_adapters(self.adapters.in_use)
             return context
 
     @contextlib.contextmanager
-    def side_context(
-        self, *, n_ctx: int, n_outputs: int, n_batch: int | None = None, embeddings: bool = False
-    ) -> Iterator[Context]:
-        """A context for one call, so that the chat in the main one stays as it is."""
-        params = replace(self.params, n_ctx=n_ctx, n_batch=n_batch or self.params.n_batch)
+    def _for_one_call(self, make: Callable[[], AnyContext]) -> Iterator[AnyContext]:
+        """A context beside the main one, so that the chat in that stays as it is. It holds the turn."""
         with self.turn_of(Ticket(None)):
-            context = self.open_context(params, n_outputs=n_outputs, embeddings=embeddings)
+            context = self._opened(make)
             try:
                 yield context
             finally:
                 context.close()
                 self._contexts.discard(context)
 
-    @contextlib.contextmanager
-    def parallel_context(self, n_sequences: int, n_ctx: int) -> Iterator[ParallelContext]:
+    def side_context(
+        self, *, n_ctx: int, n_outputs: int, n_batch: int | None = None, embeddings: bool = False
+    ) -> AbstractContextManager[Context]:
+        """A context for one call, of one sequence."""
+        params = replace(self.params, n_ctx=n_ctx, n_batch=n_batch or self.params.n_batch)
+        return self._for_one_call(lambda: Context(self.native, params, n_outputs=n_outputs, embeddings=embeddings))
+
+    def parallel_context(self, n_sequences: int, n_ctx: int) -> AbstractContextManager[ParallelContext]:
         """A context for one call, for n_sequences of n_ctx tokens each, at most what the model was trained with."""
         each = min(n_ctx, self.native.n_ctx_train or n_ctx)
         n_batch = max(n_sequences, self.params.n_batch or 0)
         params = replace(self.params, n_ctx=each * n_sequences, n_batch=n_batch)
-        with self.turn_of(Ticket(None)):
-            with self._closing:
-                self.check_open()
-                context = ParallelContext(self.native, params, n_sequences)
-                self._contexts.add(context)
-            try:
-                context.use_adapters(self.adapters.in_use)
-                yield context
-            finally:
-                context.close()
-                self._contexts.discard(context)
+        return self._for_one_call(lambda: ParallelContext(self.native, params, n_sequences))
 
     def set_adapters(self, adapters: Sequence[Lora]) -> None:
         """Put these in use in every context. Errors: AdapterError, with all as it was before."""

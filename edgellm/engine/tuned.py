@@ -22,6 +22,7 @@ from edgellm.catalog.partners import fingerprint
 from edgellm.config import DEFAULT_KV_TYPE, DEFAULT_LOAD_MODE, KVType, LoadMode, LoadParams, physical_cpu_count
 from edgellm.errors import OutputError
 from edgellm.native import library
+from edgellm.whole_file import whole_file
 
 if TYPE_CHECKING:
     from edgellm.native.context import Context
@@ -110,17 +111,10 @@ def save(path: Path, tuning: Tuning) -> Path:
     """Keep it for the model at `path`, in place of what was there. Returns the file. OutputError: can't be written."""
     file = tuning_file(path)
     content = {"format": _FORMAT, "machine": machine(), "model": fingerprint(path), "tuning": asdict(tuning)}
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as out:
-                json.dump(content, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with whole_file(file) as out:
+            out.write(json.dumps(content, indent=1).encode())
     except OSError as exc:
         raise OutputError(f"cannot write {file}: {exc.strerror or exc}; the measurements are lost") from exc
     return file

@@ -20,6 +20,7 @@ from edgellm.engine.model import Model, load
 from edgellm.errors import GenerationError
 from edgellm.measure.footprint import footprint
 from edgellm.native.peer import Peer
+from edgellm.native.undisturbed import by_turns
 
 OURS, THEIRS = "edgellm", "llama-cpp-python"
 ROUNDS = 5
@@ -143,7 +144,7 @@ def _figures(
         progress("reading" if kind == "prompt" else f"writing after {n} tokens", 0.05 + 0.7 * done / len(steps))
         times: dict[str, list[float]] = {name: [] for name in contestants}
         for i in range(rounds + 1):
-            for name, contestant in _by_turns(contestants, i):
+            for name, contestant in by_turns([*contestants.items()], i):
                 prompt = text[i : i + n] if kind == "prompt" else text[:n]
                 first, later = _timed(contestant, prompt, 1 if kind == "prompt" else N_WRITTEN)
                 if i:
@@ -153,12 +154,6 @@ def _figures(
         yield _figure(
             kind, n, {name: [(n if kind == "prompt" else 1) / t for t in found] for name, found in times.items()}
         )
-
-
-def _by_turns(contestants: Mapping[str, Any], i: int) -> list[tuple[str, Any]]:
-    """Who begins changes: a busy moment mustn't always meet the same one."""
-    pairs = list(contestants.items())
-    return pairs[i % len(pairs) :] + pairs[: i % len(pairs)]
 
 
 def _timed(contestant: Contestant, prompt: Sequence[int], n_tokens: int) -> tuple[float, float]:
@@ -192,7 +187,7 @@ def _load_time(openers: Mapping[str, Callable[[], Contestant]], rounds: int) -> 
     """Of a file that the system has in memory."""
     times: dict[str, list[float]] = {name: [] for name in openers}
     for i in range(rounds):
-        for name, open_one in _by_turns(openers, i):
+        for name, open_one in by_turns([*openers.items()], i):
             started = time.perf_counter()
             open_one().close()
             times[name].append(time.perf_counter() - started)
@@ -208,7 +203,7 @@ def _speculation(model: Model, rounds: int) -> dict[str, Any] | None:
     speeds: dict[str, list[float]] = {"off": [], "auto": []}
     drafted = accepted = 0
     for i in range(rounds + 1):
-        for draft, found in _by_turns(speeds, i):
+        for draft, found in by_turns([*speeds.items()], i):
             stats = model.complete(_COPY, SamplingParams(max_tokens=_N_COPIED), draft=draft).stats
             if i:
                 found.append(stats.decode_tokens_per_second)

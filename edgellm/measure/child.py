@@ -8,15 +8,14 @@ it. One JSON object on stdin (see `Request`), one on stdout: {"tokens": those wh
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgellm.errors import EdgeLLMError, EngineCrashed, ModelFileError
+from edgellm.errors import EdgeLLMError, ModelFileError
+from edgellm.measure.asked import ask_child
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,7 @@ class Request:
 
 def measure_in_child(request: Request) -> dict[str, Any]:
     """The answer. ModelFileError with the reason where the child fails, EngineCrashed where it was killed (memory)."""
-    child = subprocess.run(
-        [sys.executable, "-m", "edgellm.measure.child"],
-        input=json.dumps(asdict(request)).encode(),
-        capture_output=True,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        check=False,
-    )
-    if child.returncode < 0:
-        raise EngineCrashed(f"the measuring process was killed by signal {-child.returncode}; is there enough memory?")
-    if child.returncode != 0:
-        lines = child.stderr.decode("utf-8", "replace").strip().splitlines() or [f"code {child.returncode}"]
-        raise ModelFileError(f"{request.model} can't be measured: {lines[-1].removeprefix('error: ')[:300]}")
-    answer: dict[str, Any] = json.loads(child.stdout)
+    answer: dict[str, Any] = ask_child("edgellm.measure.child", asdict(request), request.model, ModelFileError)
     return answer
 
 

@@ -12,6 +12,7 @@ from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.model import Model, load
 from edgellm.generation import GenerationStats
 from edgellm.measure.scoring import OnProgress
+from edgellm.native.undisturbed import by_turns
 from edgellm.speculation.drafts import DraftChoice
 
 WORTHWHILE = 1.05  # times as fast: less may be chance, and a draft takes memory
@@ -126,8 +127,7 @@ def measure_draft(
                 on_progress("trying it", i, len(prompts))
             answers: dict[str, tuple[list[int], GenerationStats]] = {}
             for k in range(rounds):
-                names = list(choices)
-                for name in names[(i + k) % 3 :] + names[: (i + k) % 3]:
+                for name in by_turns([*choices], i + k):
                     answer = _answer(opened, prompt, choices[name], max_tokens)
                     if name not in answers or answer[1].decode_seconds < answers[name][1].decode_seconds:
                         answers[name] = answer

@@ -6,8 +6,6 @@ In a process of its own, for nothing else shall be in it. One JSON object on std
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -15,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.config import LoadParams, SamplingParams
-from edgellm.errors import EdgeLLMError, EngineCrashed, GenerationError
+from edgellm.errors import EdgeLLMError, GenerationError
+from edgellm.measure.asked import ask_child
 
 _PROMPT = [7919 * i % 997 for i in range(1, 257)]  # token ids that every vocabulary has
 _N_WRITTEN = 8
@@ -27,20 +26,9 @@ def footprint(path: Path, params: LoadParams, *, peer: bool = False) -> dict[str
 
     peer: of a process with `llama_cpp.Llama` instead. Errors: GenerationError, EngineCrashed.
     """
-    request = json.dumps({"path": str(path), "params": asdict(params), "peer": peer})
-    child = subprocess.run(
-        [sys.executable, "-m", "edgellm.measure.footprint"],
-        input=request.encode(),
-        capture_output=True,
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        check=False,
-    )
-    if child.returncode < 0:
-        raise EngineCrashed(f"the measuring process was killed by signal {-child.returncode}; is there enough memory?")
-    if child.returncode != 0:
-        lines = child.stderr.decode("utf-8", "replace").strip().splitlines() or [f"code {child.returncode}"]
-        raise GenerationError(f"the memory of {path.name} can't be measured: {lines[-1].removeprefix('error: ')[:300]}")
-    found: dict[str, int] = json.loads(child.stdout)
+    request = {"path": str(path), "params": asdict(params), "peer": peer}
+    what = f"the memory of {path.name}"
+    found: dict[str, int] = ask_child("edgellm.measure.footprint", request, what, GenerationError)
     return found
 
 

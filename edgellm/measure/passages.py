@@ -18,7 +18,7 @@ from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.model import Model, load
 from edgellm.errors import GenerationError, TextError
 from edgellm.measure.scoring import OnProgress
-from edgellm.measure.texts import SELF, SELF_SEED
+from edgellm.measure.texts import SELF, SELF_SEED, answer_begins, dialogue_or_text, read_text, reason
 
 _UNLIKE = ("Hello", "7")  # two questions without a common beginning
 _QUESTION_TOKENS, _ANSWER_TOKENS = 96, 384
@@ -65,12 +65,7 @@ def read_passages(
 
 
 def _of_file(path: Path, model: Model) -> list[Passage]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as exc:
-        raise TextError(f"{path} is no UTF-8 text (byte {exc.start}); convert it to UTF-8") from exc
-    except OSError as exc:
-        raise TextError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
+    content = read_text(path)
     found = _lines(path, content, model) if path.suffix == ".jsonl" else _plain(content, model)
     passages = [passage for passage in found if len(passage.tokens) >= _MIN_TOKENS]
     if not passages:
@@ -168,35 +163,15 @@ def _lines(path: Path, content: str, model: Model) -> Iterator[Passage]:
         if line.strip():
             try:
                 yield _of_line(json.loads(line), model)
-            except json.JSONDecodeError as exc:
-                raise TextError(f"{path}, line {number}: no JSON ({exc})") from exc
-            except KeyError as exc:
-                needs = "a line has messages, or prompt and completion, or text"
-                raise TextError(f"{path}, line {number}: {exc} is missing; {needs}") from exc
-            except (ValueError, TypeError, GenerationError) as exc:
-                raise TextError(f"{path}, line {number}: {exc}") from exc
+            except (ValueError, KeyError, TypeError, GenerationError) as exc:
+                raise TextError(f"{path}, line {number}: {reason(exc)}") from exc
 
 
 def _of_line(record: Any, model: Model) -> Passage:
-    if isinstance(record, list):
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
-    if "text" in record and "messages" not in record:
-        if not isinstance(record["text"], str):
-            raise ValueError("text must be a string")
-        return _of_text(model.tokenize(record["text"]), model)
-    if "messages" not in record:
-        pair = [("user", record["prompt"]), ("assistant", record["completion"])]
-        record = {"messages": [{"role": role, "content": content} for role, content in pair]}
-    messages = record["messages"]
-    if not isinstance(messages, list):
-        raise ValueError("messages must be a list")
-    answers = [i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"]
-    tokens = model.chat_tokens(messages[: answers[-1] + 1] if answers else messages, answer_follows=False)
-    if not answers:
-        return Passage(tokens, len(tokens))
-    prompt = model.chat_tokens(messages[: answers[-1]]) if answers[-1] else []
-    shared = zip(prompt, tokens, strict=False)
-    begin = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(prompt), len(tokens)))
-    return Passage(tokens, max(1, begin))
+    found = dialogue_or_text(record)
+    if isinstance(found, str):
+        return _of_text(model.tokenize(found), model)
+    answers = [i for i, m in enumerate(found) if isinstance(m, dict) and m.get("role") == "assistant"]
+    messages = found[: answers[-1] + 1] if answers else found
+    tokens = model.chat_tokens(messages, answer_follows=False)
+    return Passage(tokens, answer_begins(model, messages, tokens) if answers else len(tokens))

@@ -19,6 +19,7 @@ _SELF_CHUNKS = 8
 SELF_SEED = 20260101
 _MIN_TOKENS = 8
 _RUN = 128  # tokens the model writes from one word
+_TOP_P = 0.95  # of its distribution: what is less likely is noise
 
 
 def read_samples(
@@ -43,7 +44,7 @@ def read_samples(
             tokens = _own_text(opened, n_ctx, n_chunks or _SELF_CHUNKS, seed, on_progress)
             return chunks(tokens, n_ctx, n_chunks, opened.bos)
         path = Path(text)
-        content = _read(path)
+        content = read_text(path)
         if path.suffix == ".jsonl":
             return _dialogues(path, content, opened, n_ctx)[:n_chunks]
         tokens = opened.tokenize(content)
@@ -64,7 +65,8 @@ def chunks(tokens: list[int], n_ctx: int, n_chunks: int | None, bos: int | None)
     return samples
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text. TextError where it can't be read, or is no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
@@ -85,17 +87,14 @@ def _own_text(model: Model, n_ctx: int, n_chunks: int, seed: int, on_progress: O
     while len(tokens) < wanted:
         start = [*bos, _random_word(model, rng)]
         length = min(_RUN, n_ctx - len(start), max(1, wanted - len(tokens)))
+        params = SamplingParams(
+            temperature=1.0, top_k=0, top_p=_TOP_P, min_p=0.0, seed=seed + len(tokens), max_tokens=length
+        )
         # without guesses: how many tokens are evaluated together, which the clock decides, can turn a tie
-        for response in model.generate(start, _unfiltered(seed + len(tokens), length), draft="off"):
-            start += response.token_ids
-        tokens += start
+        tokens += start + model.complete(start, params, draft="off").token_ids
         if on_progress:
             on_progress("writing a text", min(len(tokens), wanted), wanted)
     return tokens[:wanted]
-
-
-def _unfiltered(seed: int, max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=1.0, top_k=0, top_p=0.95, min_p=0.0, seed=seed, max_tokens=max_tokens)
 
 
 def _random_word(model: Model, rng: random.Random) -> int:
@@ -114,13 +113,14 @@ def _dialogues(path: Path, content: str, model: Model, n_ctx: int) -> list[Sampl
             try:
                 samples += _of_line(json.loads(line), model, n_ctx)
             except (ValueError, KeyError, TypeError, GenerationError) as exc:
-                raise TextError(f"{path}, line {number}: {_reason(exc)}") from exc
+                raise TextError(f"{path}, line {number}: {reason(exc)}") from exc
     if not samples:
         raise TextError(f'{path} has no answers to score; a line looks like {{"messages": [{{"role": …}}]}}')
     return samples
 
 
-def _reason(exc: Exception) -> str:
+def reason(exc: Exception) -> str:
+    """Why a line of dialogues can't be used."""
     if isinstance(exc, json.JSONDecodeError):
         return f"no JSON ({exc})"
     if isinstance(exc, KeyError):
@@ -128,23 +128,31 @@ def _reason(exc: Exception) -> str:
     return str(exc)
 
 
-def _of_line(record: Any, model: Model, n_ctx: int) -> Iterator[Sample]:
+def dialogue_or_text(record: Any) -> list[Any] | str:
+    """What a line of JSON holds: a dialogue's messages, or a text. ValueError, KeyError: neither."""
     if isinstance(record, list):
-        record = {"messages": record}
+        return record
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
     if "messages" in record:
         if not isinstance(record["messages"], list):
             raise ValueError("messages must be a list")
-        yield from _answers(record["messages"], model, n_ctx)
-    elif "text" in record:
+        return record["messages"]
+    if "text" in record:
         if not isinstance(record["text"], str):
             raise ValueError("text must be a string")
-        tokens = ([model.bos] if model.bos is not None else []) + model.tokenize(record["text"])
+        return record["text"]
+    pair = [("user", record["prompt"]), ("assistant", record["completion"])]
+    return [{"role": role, "content": text} for role, text in pair]
+
+
+def _of_line(record: Any, model: Model, n_ctx: int) -> Iterator[Sample]:
+    found = dialogue_or_text(record)
+    if isinstance(found, str):
+        tokens = ([model.bos] if model.bos is not None else []) + model.tokenize(found)
         yield from _cut(tokens, list(range(len(tokens) - 1)), n_ctx)
     else:
-        pair = [("user", record["prompt"]), ("assistant", record["completion"])]
-        yield from _answers([{"role": role, "content": text} for role, text in pair], model, n_ctx)
+        yield from _answers(found, model, n_ctx)
 
 
 def _answers(messages: Sequence[Any], model: Model, n_ctx: int) -> Iterator[Sample]:
@@ -165,12 +173,17 @@ def _answers(messages: Sequence[Any], model: Model, n_ctx: int) -> Iterator[Samp
 
 def _answered(model: Model, messages: Sequence[Any]) -> tuple[int, list[int]]:
     """Tokens up to the one that ends the last message, an answer; where that answer begins."""
-    prompt = model.chat_tokens(messages[:-1]) if len(messages) > 1 else []
     tokens = model.chat_tokens(messages, answer_follows=False)
-    pairs = enumerate(zip(prompt, tokens, strict=False))
-    begin = max(1, next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(tokens))))
+    begin = answer_begins(model, messages, tokens)
     end = next((i + 1 for i in range(begin, len(tokens)) if model.ends(tokens[i])), len(tokens))
     return begin, tokens[:end]
+
+
+def answer_begins(model: Model, messages: Sequence[Any], tokens: Sequence[int]) -> int:
+    """Where in the tokens of a dialogue its last message's own begin: at least 1."""
+    prompt = model.chat_tokens(messages[:-1]) if len(messages) > 1 else []
+    pairs = enumerate(zip(prompt, tokens, strict=False))
+    return max(1, next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(tokens))))
 
 
 def _cut(tokens: list[int], positions: list[int], n_ctx: int) -> Iterator[Sample]:

@@ -33,9 +33,7 @@ class Sampler:
 
     def accept_prompt(self, tokens: Iterable[int]) -> None:
         """Let the penalties see the end of the prompt. Nothing happens when no penalty is on."""
-        if self._penalty_window:
-            for token in list(tokens)[-self._penalty_window :]:
-                self._lib.llama_sampler_accept(self._chain, token)
+        _accept_end(self._lib, self._chain, list(tokens), self._penalty_window)
 
     def sample(self, i: int | None = None) -> int:
         """Choose a token from the logits of the i-th token verified, None = the last evaluated; it then counts for
@@ -112,9 +110,13 @@ def make_chain(lib: Any, params: SamplingParams, n_vocab: int, n_ctx: int, promp
     """A chain of its own for a sequence; the penalties have seen the end of the prompt. For llama_sampler_free."""
     window = _penalty_window(params, n_ctx)
     chain = _make_chain(lib, params, n_vocab, window)
-    for token in prompt[-window:] if window else ():
-        lib.llama_sampler_accept(chain, token)
+    _accept_end(lib, chain, prompt, window)
     return chain
+
+
+def _accept_end(lib: Any, chain: Any, tokens: Sequence[int], window: int) -> None:
+    for token in tokens[-window:] if window else ():
+        lib.llama_sampler_accept(chain, token)
 
 
 def _make_chain(lib: Any, params: SamplingParams, n_vocab: int, penalty_window: int) -> Any:

@@ -7,11 +7,10 @@ Of any other layout than the one below (recurrent states, another version) nothi
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
-from edgellm.native import library
 from edgellm.native.context import Context
+from edgellm.native.state import restore_state, save_state
 
 _SEQUENCE = 0
 
@@ -27,31 +26,15 @@ def stretch(context: Context, n_tokens: int) -> bool:
     """
     if not context.tokens or n_tokens > context.n_ctx:
         return False
-    lib = library.load()
-    with context._native.lock:
-        pointer = context._open_pointer()
-        size = lib.llama_state_seq_get_size(pointer, _SEQUENCE)
-        buffer = (ctypes.c_uint8 * size)()
-        size = lib.llama_state_seq_get_data(pointer, buffer, size, _SEQUENCE)
-        original = bytes(buffer[:size])
-        try:
-            wanted = stretched(original, len(context.tokens), n_tokens)
-        except (_OtherLayout, struct.error):
-            return False
-        if not _put(lib, pointer, wanted):
-            if not _put(lib, pointer, original):
-                lib.llama_memory_clear(context._memory, False)
-                context.tokens.clear()
-            return False
-    text = context.tokens
-    context.tokens = (text * (n_tokens // len(text) + 1))[:n_tokens]
-    context._n_logits = 0
-    return True
-
-
-def _put(lib: ctypes.CDLL, pointer: object, state: bytes) -> bool:
-    buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-    return bool(lib.llama_state_seq_set_data(pointer, buffer, len(state), _SEQUENCE))
+    text, original = list(context.tokens), save_state(context)
+    try:
+        wanted = stretched(original, len(text), n_tokens)
+    except (_OtherLayout, struct.error):
+        return False
+    if restore_state(context, (text * (n_tokens // len(text) + 1))[:n_tokens], wanted):
+        return True
+    restore_state(context, text, original)
+    return False
 
 
 def stretched(state: bytes, n_cells: int, n_wanted: int) -> bytes:

@@ -7,7 +7,7 @@ slice to end: a product takes not twice but hundreds of times as long. So no ave
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from statistics import median, quantiles
 from typing import TypeVar
@@ -58,8 +58,7 @@ def interleaved(
         n_rounds < _MOST * enough and time.perf_counter() - started < patience and len(calm) < enough
     ):
         before = _preemptions()
-        turns = keys[n_rounds % len(keys) :] + keys[: n_rounds % len(keys)]
-        found = {key: measures[key]() for key in turns}
+        found = {key: measures[key]() for key in by_turns(keys, n_rounds)}
         (calm if _preemptions() == before else others).append(found)
         n_rounds += 1
     rounds = calm if len(calm) >= _LEAST else calm + others
@@ -68,6 +67,12 @@ def interleaved(
     return {
         key: good * median(found[key] / usual for found, usual in zip(rounds, typical, strict=True)) for key in keys
     }
+
+
+def by_turns(items: Sequence[Key], i: int) -> list[Key]:
+    """The items in the i-th round: another one begins, as a busy moment mustn't always meet the same."""
+    i %= len(items)
+    return [*items[i:], *items[:i]]
 
 
 def _preemptions() -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import struct
 import sys
 from collections import Counter
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm.errors import DraftMismatch, ModelFileError, OutputError
 from edgellm.speculation.drafts import NOTHING, Proposal, match_class
+from edgellm.whole_file import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,15 +87,11 @@ def write_index(out: Path, documents: Iterable[Sequence[int]], vocabulary: GGUFH
         len(places),
         len(kept),
     )
-    partial = out.with_name(f"{out.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(head + payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out)
+        with whole_file(out) as file:
+            file.write(head)
+            file.write(payload)
     except OSError as exc:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {out}: {exc.strerror or exc}; make room or choose another folder") from exc
     return len(kept), n_tokens
 
