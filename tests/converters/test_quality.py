@@ -94,16 +94,16 @@ def test_auto_says_why_it_does_not_measure(tiny_llama: Path, tmp_path: Path, mon
 
 def test_a_killed_measurement(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by a system short of memory: a conversion that didn't ask to be measured goes on, one that did fails."""
-    import edgellm.measure.child as child
+    import edgellm.measure.asked as asked
 
-    run_child = child.subprocess.run
+    run_child = asked.subprocess.run
 
     def killed(command: list[str], **options: Any) -> Any:
         if "edgellm.measure.child" in command:
             command = ["sh", "-c", "kill -9 $$"]
         return run_child(command, **options)
 
-    monkeypatch.setattr(child.subprocess, "run", killed)
+    monkeypatch.setattr(asked.subprocess, "run", killed)
     receipt = convert(tiny_llama, tmp_path / "auto.gguf", quant="Q8_0", receipt="auto")
     assert receipt.quality["level"] == "fast"
     assert "killed by signal 9" in receipt.quality["reason"]
