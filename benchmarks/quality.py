@@ -1,13 +1,14 @@
 """What calibrating is worth: files of llama.cpp's own recipes with its importance matrix, and ours of the same bytes.
 
-    python benchmarks/quality.py [--model MODEL.gguf|CHECKPOINT] [--quants Q4_0,Q4_K_M,Q5_K_M] [--effort 3]
-        [--keep FOLDER] [--calibrate self|other] [--max-kld 0.05] [--fast 1.15]
-        [--also Q3_K_M,Q6_K] [--picture docs/quality.png]
+    python benchmarks/quality.py [--model MODEL.gguf|CHECKPOINT] [--adapter FOLDER]
+        [--quants Q4_0,Q4_K_M,Q5_K_M] [--compensated Q4_0] [--max-size Q4_0,Q4_K_M] [--effort 3] [--keep FOLDER]
+        [--calibrate self|other] [--max-kld 0.05] [--fast 1.15] [--also Q3_K_M,Q6_K] [--picture docs/quality.png]
 
-A GGUF's weights are moved off the grid they were quantized to: uniform noise of half a step, seed 0. Calibrated on
-one third of the Python documentation's topics (or on text the model writes, or on the licence), measured on another
-third. For each recipe: llama.cpp's file, the same types compensated, and a file of our own types of no more bytes.
---max-kld also asks for that divergence; --fast for so many times the decoding speed of Q4_K_M at Q4_0's bytes.
+A GGUF's weights are moved off the grid they were quantized to: uniform noise of half a step, seed 0. With --adapter the
+model is the fine-tune, as it is. Calibrated on one third of the Python documentation's topics (or on text the model
+writes, or on Python code), measured on another third. For each recipe: llama.cpp's file, the same types compensated,
+and a file of our own types of no more bytes. --max-kld also asks for that divergence; --fast for so many times the
+decoding speed of Q4_K_M at Q4_0's bytes.
 Prints a table, then one JSON line.
 """
 
@@ -16,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -36,7 +38,8 @@ from edgellm.measure.speed import decode_seconds_per_token
 from edgellm.measure.texts import SELF, read_samples
 
 PARTS = ("calibration", "tuning", "test")
-OTHER = Path(__file__).parent.parent / "LICENSE"  # another domain
+_CODE = "argparse", "ast", "configparser", "csv", "difflib", "fractions", "heapq", "shlex", "statistics", "tokenize"
+_CODE_CHARACTERS = 150_000
 _BLOCK, _STEPS = 32, 15  # of Q4_1, whose grid the bundled weights lie on
 _ROUNDS = 5
 
@@ -50,6 +53,22 @@ def write_texts(folder: Path) -> dict[str, Path]:
         found[part] = folder / f"{part}.txt"
         found[part].write_text("\n\n".join(topics[name] for name in names[k :: len(PARTS)]), encoding="utf-8")
     return found
+
+
+def write_code(folder: Path) -> Path:
+    """Text of another domain: modules of the standard library."""
+    path = folder / "code.txt"
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code = "\n\n".join((library / f"{name}.py").read_text(encoding="utf-8") for name in _CODE)
+    path.write_text(code[:_CODE_CHARACTERS], encoding="utf-8")
+    return path
+
+
+def merged(model: Path, adapter: Path, folder: Path) -> Path:
+    """The fine-tune as a checkpoint in float32."""
+    whole = folder / "merged.gguf"
+    converters.convert(model, whole, adapters=[adapter], quant="F32", receipt="off", force=True)
+    return converters.to_checkpoint(whole, folder / "merged")
 
 
 def off_grid(model: Path, folder: Path) -> Path:
@@ -140,14 +159,14 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def compare(
-    found: Comparison, quants: Sequence[str], kinds: str, max_kld: float | None, fast: float | None
+    found: Comparison, quants: Sequence[str], wanted: Mapping[str, str], max_kld: float | None, fast: float | None
 ) -> dict[str, Any]:
-    """All rows; returns the ratios that matter."""
+    """All rows; returns the ratios that matter. wanted: kind → the recipes to make it for."""
     ratios: dict[str, Any] = {}
     for quant in quants:
         standard = found.add(quant, "standard", quant=quant, compensate=False)
         for kind, options in (("compensated", {"quant": quant}), ("max-size", {"max_size": standard["bytes"]})):
-            if kind not in kinds:
+            if quant not in wanted[kind].split(","):
                 continue
             ratios[f"{quant} {kind}"] = round(found.add(quant, kind, **options)["kld"] / standard["kld"], 3)
     if max_kld:
@@ -165,8 +184,10 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="instead of the bundled SmolLM2")
+    parser.add_argument("--adapter", type=Path, help="of a fine-tune of it")
     parser.add_argument("--quants", default="Q4_0,Q4_K_M,Q5_K_M")
-    parser.add_argument("--kinds", default="compensated,max-size", help="which of the two files of ours to make")
+    for kind in ("compensated", "max-size"):
+        parser.add_argument(f"--{kind}", help="recipes to make this file of ours for, if not for all")
     parser.add_argument("--effort", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="leave the files here")
     parser.add_argument("--calibrate", choices=["same", SELF, "other"], default="same")
@@ -179,13 +200,19 @@ def main() -> None:
         folder = options.keep or Path(name)
         folder.mkdir(exist_ok=True)
         named = options.model or resolve(None)
-        model, texts = named if named.is_dir() else off_grid(named, folder), write_texts(folder)
-        calibration = {"same": texts["calibration"], SELF: SELF, "other": OTHER}[options.calibrate]
+        if options.adapter:
+            model = merged(named, options.adapter, folder)
+        else:
+            model = named if named.is_dir() else off_grid(named, folder)
+        texts = write_texts(folder)
+        calibration = {"same": texts["calibration"], SELF: SELF, "other": write_code(folder)}[options.calibrate]
         found = Comparison(model, folder, calibration, texts["test"], options.effort)
-        ratios = compare(found, options.quants.split(","), options.kinds, options.max_kld, options.fast)
+        wanted = {"compensated": options.compensated, "max-size": options.max_size}
+        wanted = {kind: options.quants if given is None else given for kind, given in wanted.items()}
+        ratios = compare(found, options.quants.split(","), wanted, options.max_kld, options.fast)
         for quant in filter(None, options.also.split(",")):
             found.add(quant, "standard", quant=quant, compensate=False)
-        source = named.name
+        source = f"{named.name} with {options.adapter.name}" if options.adapter else named.name
         if options.picture:
             add_speeds(found.rows)
             draw(found.rows, options.picture, f"{source}, calibrated on {options.calibrate} text")

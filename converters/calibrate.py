@@ -20,7 +20,7 @@ from edgellm.measure.scoring import OnProgress, Sample
 from edgellm.measure.texts import SELF, read_samples
 
 _N_CTX = 512
-_SELF_CHUNKS = 16
+_SELF_CHUNKS = 48
 _VERSION = 2  # of what is collected: another one makes older cache files unknown
 
 
@@ -139,7 +139,8 @@ def cache_path(inputs: Inputs, text: str | Path) -> Path:
 
 def statistics_key(inputs: Inputs, text: str | Path) -> str:
     """A hash of the contents of all that statistics depend on: weights, configuration, tokenizer, adapters, text."""
-    digest = hashlib.sha256(f"{_VERSION} {inputs.pre} {inputs.settings} {text if text == SELF else ''}".encode())
+    own = f"{SELF}, {_SELF_CHUNKS} runs of words" if text == SELF else ""
+    digest = hashlib.sha256(f"{_VERSION} {inputs.pre} {inputs.settings} {own}".encode())
     for place in (*inputs.files, inputs.source.tokenizer_folder, *([] if text == SELF else [Path(text)])):
         files = [place] if place.is_file() else sorted(place.glob("*"))
         for file in (file for file in files if file.is_file()):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from converters.budget.allocate import Limits, Option, allocate, frontier, totals
+from converters.budget.sensitivity import Damage
 from converters.quantize.types import FILE_TYPES, FileType, block_size, tensor_bytes
 from converters.writer import padded
 from edgellm.config import total_memory
@@ -158,11 +159,11 @@ def candidates_for(shape: tuple[int, ...]) -> list[str]:
 
 
 def options_of(
-    shape: tuple[int, ...], errors: Mapping[str, float], sensitivity: float, seconds: Mapping[str, float]
+    shape: tuple[int, ...], errors: Mapping[str, float], damage: Damage, seconds: Mapping[str, float]
 ) -> list[Option]:
-    """A tensor's options. errors: type → expected error; sensitivity: KL divergence for an error of 1."""
+    """A tensor's options. errors: type → expected error."""
     return [
-        Option(name, padded(tensor_bytes(shape, name)), sensitivity * error, seconds.get(name, 0.0))
+        Option(name, padded(tensor_bytes(shape, name)), damage.of(error), seconds.get(name, 0.0))
         for name, error in errors.items()
     ]
 

@@ -7,15 +7,15 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.budget.choose import Prospect, candidates_for, options_of
-from converters.budget.errors import expected_errors, grams_of, importance_of, matrices, plain_error
-from converters.budget.sensitivity import Bench, groups_of, measured
+from converters.budget.errors import expected_errors, grams_of, importance_of, matrices, plain_error, refinement
+from converters.budget.sensitivity import Bench, Damage, Round, groups_of, kinds_of, measured, power_between
 from converters.original import Original, scratch
 from converters.plan import Plan, PlannedTensor
 from converters.prepare import Inputs, metadata_of, plan_of
@@ -34,9 +34,10 @@ from edgellm.measure.scoring import OnProgress, Sample
 from edgellm.native.ggml import quantize_rows
 
 _COARSE = "Q4_0"  # what a group is rounded to when it is measured
+_MIDDLE = "Q5_1"  # and a kind of tensors, whose errors then are about what compensated ones of coarser types are
 _FINE = "Q8_0"  # so fine that what is left is the floor
 _N_GRAM = 16  # samples
-_N_BENCH = 4
+_N_BENCH = 2
 _F16_MAX = 65504.0
 
 Pins = Sequence[tuple[re.Pattern[str], str]]
@@ -60,11 +61,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Findings:
-    """What measuring found out, the same for every budget. sensitivity: of each tensor, the KL divergence that an error
-    of 1 makes; errors: tensor → type → expected error; floor: see `Prospect`.
+    """What measuring found out, the same for every budget. damage: of each tensor, what an error does to the model's
+    answers; errors: tensor → type → expected error; floor: see `Prospect`.
     """
 
-    sensitivity: Mapping[str, float]
+    damage: Mapping[str, Damage]
     errors: Mapping[str, Mapping[str, float]]
     floor: float
 
@@ -85,7 +86,7 @@ def look_ahead(
         if any(pattern.search(name) for pattern, _ in pins):  # a type that is no candidate is finer than those
             errors = {tensor.type_name: errors.get(tensor.type_name, 0.0)}
         seconds = _seconds(tensor, planned, list(errors), place.n_threads) if with_speed else {}
-        options[name] = options_of(tensor.shape, errors, found.sensitivity[name], seconds)
+        options[name] = options_of(tensor.shape, errors, found.damage[name], seconds)
     overhead = _overhead(place, planned, targets) if with_speed else None
     return Prospect(options, groups, _other_bytes(place, planned, targets), found.floor, overhead=overhead)
 
@@ -93,9 +94,11 @@ def look_ahead(
 def _known(place: Place, targets: Mapping[str, PlannedTensor]) -> Findings | None:
     """What an earlier conversion of the same model and text found out."""
     try:
-        found = Findings(**json.loads(place.cache.read_text(encoding="utf-8")))
+        content = json.loads(place.cache.read_text(encoding="utf-8"))
+        damage = {name: Damage(**one) for name, one in content.pop("damage").items()}
+        found = Findings(damage, **content)
         return found if found.errors.keys() == targets.keys() else None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -125,19 +128,29 @@ def _find_out(
         n_threads=place.n_threads,
         on_progress=place.on_progress,
     )
-    sensitivity = _sensitivities(place, targets, groups, gram, sizes, tuning)
-    errors = {}
-    for name, tensor in targets.items():
-        weights = matrices(tensor, sizes)
-        errors[name] = expected_errors(
-            weights,
-            grams_of(gram, name),
-            [t for t in candidates_for(tensor.shape) if t != "F16" or np.abs(weights).max() <= _F16_MAX],
-            HEAD_DAMPING if name == "token_embd.weight" else DAMPING,
-            place.n_threads,
-        )
-    fine = sum(sensitivity[name] * errors[name][_FINE] for name in targets)
-    return Findings(sensitivity, errors, max(0.0, _kld_of(place, _FINE, tuning) - fine))
+    damage = _damage(place, targets, groups, gram, sizes, tuning)
+    errors = _expected(targets, gram, sizes, place.n_threads)
+    fine = sum(damage[name].of(errors[name][_FINE]) for name in targets)
+    return Findings(damage, errors, max(0.0, _kld_of(place, _FINE, tuning) - fine))
+
+
+def _expected(
+    targets: Mapping[str, PlannedTensor], gram: Gram, sizes: dict[str, int], n_threads: int
+) -> dict[str, dict[str, float]]:
+    """Tensor → type → expected error after compensation."""
+    found = {}
+    for names in kinds_of(targets).values():
+        shares: dict[str, float] | None = None  # of the kind's middle tensor first
+        for name in sorted(names, key=lambda name: name != names[len(names) // 2]):
+            weights, grams = matrices(targets[name], sizes), grams_of(gram, name)
+            type_names = [
+                t for t in candidates_for(targets[name].shape) if t != "F16" or np.abs(weights).max() <= _F16_MAX
+            ]
+            damping = HEAD_DAMPING if name == "token_embd.weight" else DAMPING
+            shares = shares or refinement(weights, grams, type_names, damping, n_threads)
+            expected = expected_errors(weights, grams, type_names, damping, n_threads)
+            found[name] = {t: error * shares.get(t, 1.0) for t, error in expected.items()}
+    return {name: found[name] for name in targets}
 
 
 def _is_open(tensor: PlannedTensor) -> bool:
@@ -146,29 +159,36 @@ def _is_open(tensor: PlannedTensor) -> bool:
     return is_matrix and tensor.type_name != "MXFP4" and tensor.shape[-1] % block_size(_COARSE) == 0
 
 
-def _sensitivities(
+def _damage(
     place: Place,
     targets: Mapping[str, PlannedTensor],
     groups: Mapping[str, Sequence[str]],
     gram: Gram,
     sizes: dict[str, int],
     tuning: Sequence[Sample],
-) -> dict[str, float]:
-    """Of each tensor: the KL divergence its group makes for an error of 1."""
-    errors: dict[str, float] = {}
+) -> dict[str, Damage]:
+    """Each group rounded coarsely, and each kind of all depths less coarsely: divergence needn't go with the error."""
+    errors: dict[str, dict[str, float]] = {_COARSE: {}, _MIDDLE: {}}
 
-    def rounded(name: str) -> Array:
+    def rounded(name: str, type_name: str) -> Array:
         weights, grams = matrices(targets[name], sizes), grams_of(gram, name)
-        coarse = np.stack([_coarse(w, importance_of(grams, e, w.shape[1])) for e, w in enumerate(weights)])
-        errors[name] = plain_error(weights, coarse, grams)
-        return coarse
+        importance = (importance_of(grams, e, weights.shape[2]) for e in range(len(weights)))
+        found = np.stack([_rounded(w, type_name, i) for w, i in zip(weights, importance, strict=True)])
+        errors[type_name][name] = plain_error(weights, found, grams)
+        return found
 
+    kinds = kinds_of(targets)
+    rounds = [Round(groups, lambda name: rounded(name, _COARSE)), Round(kinds, lambda name: rounded(name, _MIDDLE))]
     with _unquantized(place) as path:
-        klds = measured(Bench(path, tuning[:_N_BENCH]), groups, rounded, place.on_progress)
+        by_group, by_kind = measured(Bench(path, tuning[:_N_BENCH]), rounds, place.on_progress)
     found = {}
     for group, names in groups.items():
-        total = sum(errors[name] for name in names)
-        found.update(dict.fromkeys(names, klds[group] / total if total > 0 else 0.0))
+        total = sum(errors[_COARSE][name] for name in names)
+        for name in names:
+            found[name] = Damage(by_group[group] / total if total > 0 else 0.0, errors[_COARSE][name])
+    for kind, names in kinds.items():
+        power = power_between(found, names, errors[_MIDDLE], by_kind[kind])
+        found.update({name: replace(found[name], power=power) for name in names})
     return found
 
 
@@ -188,9 +208,9 @@ def _unquantized(place: Place) -> Iterator[Path]:
         yield path
 
 
-def _coarse(weights: Array, importance: Array) -> Array:
-    packed = quantize_rows(weights, TYPE_IDS[_COARSE], importance=importance)
-    return unpacked(_COARSE, packed, weights.shape[1])
+def _rounded(weights: Array, type_name: str, importance: Array) -> Array:
+    packed = quantize_rows(weights, TYPE_IDS[type_name], importance=importance)
+    return unpacked(type_name, packed, weights.shape[1])
 
 
 def _seconds(tensor: PlannedTensor, planned: Plan, type_names: Sequence[str], n_threads: int) -> dict[str, float]:

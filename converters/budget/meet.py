@@ -24,7 +24,7 @@ from edgellm.measure.evaluate import evaluate
 from edgellm.measure.scoring import Sample
 from edgellm.measure.speed import decode_seconds_per_token
 
-_VERSION = 1  # of what is found out before choosing: another one makes older files unknown
+_VERSION = 3  # of what is found out before choosing: another one makes older files unknown
 _ATTEMPTS = 3
 _AIM = 0.95  # of a limit on the divergence
 _TOO_GOOD = 0.85  # of a limit on the divergence: below, bytes are wasted and another attempt is made

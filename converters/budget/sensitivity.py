@@ -6,8 +6,10 @@ they are, and the model's answers compared with the original's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from math import log
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from edgellm.measure.divergence import Rows, kl_divergence
 from edgellm.measure.scoring import OnProgress, Sample, Scorer, in_slabs
 
 _DEPTHS = (0.1, 1 / 3, 2 / 3, 0.9)  # where one depth ends and the next begins, of all blocks
+_POWERS = 0.5, 2.0
+_APART = 0.7  # times the error: two that are nearer tell no power
 _REFERENCE_BYTES = 400_000_000  # of the original's log-probabilities in memory
 
 Rounded = Callable[[str], NDArray[np.float32]]  # a tensor's name → its weights after coarse rounding
@@ -32,11 +36,23 @@ def groups_of(names: Sequence[str], n_blocks: int) -> dict[str, list[str]]:
     return found
 
 
+def kind_of(name: str) -> str:
+    """attn_v, ffn_down, …: a tensor's name without its block."""
+    return (name if layer_of(name) < 0 else name.split(".", 2)[2]).removesuffix(".weight")
+
+
+def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Kind → its tensors of all depths."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(kind_of(name), []).append(name)
+    return found
+
+
 def _group(name: str, n_blocks: int) -> str:
-    i = layer_of(name)
+    i, kind = layer_of(name), kind_of(name)
     if i < 0:
-        return name.removesuffix(".weight")
-    kind = name.split(".", 2)[2].removesuffix(".weight")
+        return kind
     edges = [0, *(round(share * n_blocks) for share in _DEPTHS), n_blocks]
     k = next(k for k in range(len(edges) - 1) if edges[k] <= i < edges[k + 1])
     last = edges[k + 1] - 1
@@ -90,13 +106,51 @@ class Bench:
             stored.flush()
 
 
-def measured(
-    bench: Bench, groups: Mapping[str, Sequence[str]], rounded: Rounded, on_progress: OnProgress | None = None
-) -> dict[str, float]:
-    """The divergence that each group makes alone."""
-    found = {}
-    for k, (group, names) in enumerate(groups.items()):
-        if on_progress:
-            on_progress("measuring what matters", k, len(groups))
-        found[group] = bench.divergence(names, rounded)
+@dataclass(frozen=True)
+class Round:
+    """groups: of tensors, each measured alone; rounded: what takes their place meanwhile."""
+
+    groups: Mapping[str, Sequence[str]]
+    rounded: Rounded
+
+
+def measured(bench: Bench, rounds: Sequence[Round], on_progress: OnProgress | None = None) -> list[dict[str, float]]:
+    """For each round the divergence that each of its groups makes alone."""
+    found: list[dict[str, float]] = []
+    n_done, n_all = 0, sum(len(one.groups) for one in rounds)
+    for one in rounds:
+        found.append({})
+        for group, names in one.groups.items():
+            if on_progress:
+                on_progress("measuring what matters", n_done, n_all)
+            found[-1][group] = bench.divergence(names, one.rounded)
+            n_done += 1
     return found
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The KL divergence that an error of one tensor makes: rate for each unit of it at the error `seen`, and from there
+    on with the error to the power.
+    """
+
+    rate: float
+    seen: float
+    power: float = 1.0
+
+    def of(self, error: float) -> float:
+        """In nats."""
+        if error <= 0 or self.seen <= 0:
+            return 0.0
+        return self.rate * self.seen * float((error / self.seen) ** self.power)
+
+
+def power_between(
+    damage: Mapping[str, Damage], names: Sequence[str], errors: Mapping[str, float], divergence: float
+) -> float:
+    """The power that explains what these tensors did together at other errors than those `damage` was seen at."""
+    before = sum(damage[name].rate * damage[name].seen for name in names)
+    linear = sum(damage[name].rate * errors[name] for name in names)
+    if min(before, linear, divergence) <= 0 or linear > _APART * before:
+        return 1.0
+    return min(max(log(divergence / before) / log(linear / before), _POWERS[0]), _POWERS[1])

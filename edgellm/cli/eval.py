@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")],
     text: Annotated[str, typer.Option(help="Text file, dialogues (.jsonl), or `self`: text the model makes itself.")],
     reference: Annotated[
         str | None, typer.Option(help="The original: a GGUF of the same vocabulary, best in F16 or F32.")

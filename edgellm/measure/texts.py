@@ -10,6 +10,7 @@ from typing import Any
 
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.model import Model, load
+from edgellm.engine.parallel import Request
 from edgellm.errors import GenerationError, TextError
 from edgellm.measure.scoring import OnProgress, Sample
 
@@ -19,7 +20,9 @@ _SELF_CHUNKS = 8
 SELF_SEED = 20260101
 _MIN_TOKENS = 8
 _RUN = 128  # tokens the model writes from one word
+_N_PARALLEL = 8  # runs, so that a weight read once serves them all
 _TOP_P = 0.95  # of its distribution: what is less likely is noise
+_TOP_K = 1000  # candidates for it: sorting a whole vocabulary takes as long as evaluating a token
 
 
 def read_samples(
@@ -81,20 +84,26 @@ def _own_text(model: Model, n_ctx: int, n_chunks: int, seed: int, on_progress: O
     Each run begins with BOS and a random word, after Liu et al. 2023 (LLM-QAT): from BOS alone an instruction-tuned
     model says the same few things over and over, and a file calibrated on those is worse than one that isn't.
     """
-    wanted, tokens = n_ctx * n_chunks, list[int]()
+    wanted, n_done = n_ctx * n_chunks, 0
     rng = random.Random(seed)
     bos = [model.bos] if model.bos is not None else []
-    while len(tokens) < wanted:
-        start = [*bos, _random_word(model, rng)]
-        length = min(_RUN, n_ctx - len(start), max(1, wanted - len(tokens)))
-        params = SamplingParams(
-            temperature=1.0, top_k=0, top_p=_TOP_P, min_p=0.0, seed=seed + len(tokens), max_tokens=length
-        )
-        # without guesses: how many tokens are evaluated together, which the clock decides, can turn a tie
-        tokens += start + model.complete(start, params, draft="off").token_ids
+    starts, written = list[list[int]](), dict[int, list[int]]()
+
+    def requests() -> Iterator[Request]:
+        while n_done < wanted:
+            starts.append([*bos, _random_word(model, rng)])
+            params = SamplingParams(
+                temperature=1.0, top_k=_TOP_K, top_p=_TOP_P, min_p=0.0, seed=seed + len(starts), max_tokens=_RUN
+            )
+            yield Request(len(starts) - 1, starts[-1], params)
+
+    for answer in model.answer_all(requests(), _N_PARALLEL, n_ctx=_RUN + len(bos) + 2):
+        assert isinstance(answer.key, int)
+        written[answer.key] = starts[answer.key] + list(answer.token_ids)
+        n_done += len(written[answer.key])
         if on_progress:
-            on_progress("writing a text", min(len(tokens), wanted), wanted)
-    return tokens[:wanted]
+            on_progress("writing a text", min(n_done, wanted), wanted)
+    return [token for k in sorted(written) for token in written[k]][:wanted]
 
 
 def _random_word(model: Model, rng: random.Random) -> int:

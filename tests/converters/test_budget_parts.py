@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from converters.budget.errors import expected_errors, plain_error
-from converters.budget.sensitivity import Bench, groups_of, measured
+from converters.budget.sensitivity import Bench, Damage, Round, groups_of, measured, power_between
 from converters.quantize.compensate import compensated, error_of, fit, unpacked
 from edgellm.gguf_header import read_header
 from edgellm.measure.evaluate import evaluate
@@ -151,10 +151,25 @@ def test_bench_measures_what_evaluate_does_and_restores_the_file(
     assert found == pytest.approx(wanted, rel=1e-3)
     assert wanted > 1e-3
     steps: list[tuple[str, int, int]] = []
-    both = measured(bench, {"a": names[:1], "b": names[1:], "none": []}, rounded, lambda *step: steps.append(step))
+    rounds = [Round({"a": names[:1], "b": names[1:]}, rounded), Round({"none": []}, rounded)]
+    both, none = measured(bench, rounds, lambda *step: steps.append(step))
     assert [done for _, done, _ in steps] == [0, 1, 2]
-    assert both["none"] == pytest.approx(0.0, abs=1e-9)
+    assert none["none"] == pytest.approx(0.0, abs=1e-9)
     assert 0 < both["b"] < both["a"] < found
+
+
+def test_damage_follows_what_was_seen_at_two_errors() -> None:
+    seen = {"a": Damage(2.0, 0.5), "b": Damage(1.0, 1.0)}  # a nat each
+    smaller = {"a": 0.125, "b": 0.25}  # a quarter of the error
+    assert power_between(seen, ["a", "b"], smaller, 0.5) == pytest.approx(1.0)
+    power = power_between(seen, ["a", "b"], smaller, 0.25)
+    assert power == pytest.approx(1.5)
+    curved = [Damage(d.rate, d.seen, power) for d in seen.values()]
+    assert sum(d.of(e) for d, e in zip(curved, smaller.values(), strict=True)) == pytest.approx(0.25)
+    assert sum(d.of(d.seen) for d in curved) == pytest.approx(2.0)
+    assert power_between(seen, ["a"], {"a": 0.49}, 0.1) == 1.0  # too near to tell
+    assert power_between(seen, ["a"], smaller, 0.0) == 1.0
+    assert Damage(0.0, 0.0).of(1.0) == 0.0
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
