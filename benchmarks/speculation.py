@@ -120,8 +120,8 @@ def use_hostile(model: Model, path: Path) -> None:
     plain = model._drafts.speculator
     draft = Hostile(model._drafts._open(path))  # type: ignore[arg-type]
 
-    def speculator(choice: Any) -> Any:
-        made = plain("ngram" if choice == "hostile" else choice)
+    def speculator(choice: Any, *form: Any, **options: Any) -> Any:
+        made = plain("ngram" if choice == "hostile" else choice, *form, **options)
         if choice == "hostile" and made:
             made.drafts = [*made.drafts, draft]
         return made
@@ -144,7 +144,7 @@ def measure(model: Model, named: dict[str, Any], options: argparse.Namespace) ->
         for i in range(options.rounds + 1):  # the first one warms up and lets the depth be learned
             for question in questions:
                 prompt = model.chat_tokens([{"role": "user", "content": question}])
-                params = SamplingParams(max_tokens=options.tokens, temperature=options.temperature, seed=i)
+                params = SamplingParams(max_tokens=options.tokens, temperature=options.temperature)
                 before = answer(model, prompt, params, "off").decode_tokens_per_second
                 for name, draft in named.items():
                     stats = answer(model, prompt, params, draft)

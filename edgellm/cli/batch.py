@@ -24,7 +24,7 @@ _N_CTX = 64  # of the model's own context, which nothing is evaluated in
 
 
 def batch(
-    model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")],
     prompts: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="A line each: custom_id and prompt or messages.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT.jsonl", help="Answers are appended here.")],
     parallel: Annotated[int, typer.Option(min=1, max=64, help="How many are answered at a time.")] = 8,

@@ -21,7 +21,7 @@ _NAMES = {
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")],
     compare: Annotated[
         bool, typer.Option("--compare", help="Also time llama_cpp.Llama, taking turns in the same run.")
     ] = False,

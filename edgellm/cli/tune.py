@@ -18,7 +18,7 @@ _BUSY = 0.5  # cores that others use: ggml's threads wait for each other, so tha
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")],
     seconds: Annotated[
         float, typer.Option(min=5, help="How long it may take; what there is no time for is named.")
     ] = 60,

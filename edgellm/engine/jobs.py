@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from edgellm.chat.answers import read_whole, with_marks
 from edgellm.chat.template import check_messages
 from edgellm.config import SamplingParams
 from edgellm.engine.model import Model
@@ -100,14 +101,33 @@ def answers(
 def _request(model: Model, job: Job, params: SamplingParams, system: str | None) -> Request:
     given = {_OTHER_NAMES.get(name, name): value for name, value in job.body.items()}
     changes = {name: value for name, value in given.items() if name in _SETTINGS and value is not None}
+    changes |= _form(job.body.get("response_format"))
     asked = job.body.get("messages")
     messages = check_messages([{"role": "user", "content": job.body["prompt"]}] if asked is None else asked)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    return Request(job, model.chat_tokens(messages), replace(params, **changes))
+    params = with_marks(replace(params, **changes), _template(model))
+    return Request(job, model.chat_tokens(messages), params)
+
+
+def _template(model: Model) -> str:
+    return str(model.metadata.get("tokenizer.chat_template"))
+
+
+def _form(asked: Any) -> dict[str, Any]:
+    """OpenAI's response_format: its schema, any JSON object, or text."""
+    if asked is None or asked == {"type": "text"}:
+        return {}
+    if asked == {"type": "json_object"}:
+        return {"schema": {"type": "object"}}
+    try:
+        return {"schema": asked["json_schema"]["schema"]}
+    except (TypeError, KeyError):
+        raise TextError("response_format is none of text, json_object, json_schema with a schema") from None
 
 
 def _record(job: Job, answer: Answer, model: Model) -> dict[str, Any]:
+    text = read_whole(answer.text, _template(model))
     usage = {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.token_ids),
@@ -116,12 +136,12 @@ def _record(job: Job, answer: Answer, model: Model) -> dict[str, Any]:
     if not job.is_openai:
         return {
             "custom_id": job.custom_id,
-            "text": answer.text,
+            "text": text,
             "finish_reason": answer.finish_reason,
             "usage": usage,
             "error": None,
         }
-    message = {"role": "assistant", "content": answer.text}
+    message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
     body = {"object": "chat.completion", "model": model.path.name, "choices": [choice], "usage": usage}
     return {"custom_id": job.custom_id, "response": {"status_code": 200, "body": body}, "error": None}

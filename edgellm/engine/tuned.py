@@ -190,14 +190,7 @@ def _cpu() -> str:
             wanted = ("vendor_id", "cpu family", "model", "flags", "features", "cpu implementer", "cpu part")
             return "\n".join(line for line in lines if line.lower().startswith(wanted))
     if sys.platform == "darwin":
-        return _mac_cpu()
+        from edgellm.engine.machine import sysctl_text  # with `platform`, which a start elsewhere doesn't wait for
+
+        return sysctl_text("machdep.cpu.brand_string")
     return os.environ.get("PROCESSOR_IDENTIFIER", "")
-
-
-def _mac_cpu() -> str:
-    import ctypes
-
-    buffer = ctypes.create_string_buffer(256)
-    size = ctypes.c_size_t(len(buffer))
-    ctypes.CDLL(None).sysctlbyname(b"machdep.cpu.brand_string", buffer, ctypes.byref(size), None, 0)
-    return buffer.value.decode("utf-8", "replace")

@@ -7,7 +7,6 @@ compared by turns (`undisturbed.interleaved`). Whatever there is no time or memo
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgellm.config import DEFAULT_LOAD_MODE, DEFAULT_N_BATCH, LoadMode, LoadParams, physical_cpu_count
+from edgellm.engine.machine import busy_cores
 from edgellm.engine.memory import available_memory, memory_need
 from edgellm.engine.tuned import Attention, Tuning
 from edgellm.errors import GenerationError
@@ -111,12 +111,17 @@ class _Contestant:
 
     def fill(self, depth: int, deadline: float) -> bool:
         """Come to a depth (at least one token) by reading at least the end of it; before that, where the model allows
-        it, a short text is repeated. False: given up, because it would have taken too long.
+        it, a short text is repeated. False: given up where it was before, because it would have taken too long.
         """
         self.context.set_threads(self.n_threads)
+        before = len(self.context.tokens)
         if depth > 2 * N_READ and self._read_on(N_READ, deadline):
             stretch(self.context, depth - N_READ)
-        return self._read_on(max(1, depth), deadline)
+        if self._read_on(max(1, depth), deadline):
+            return True
+        self._back_to(max(0, before - 1))
+        self.context.decode(self._text[:1])  # there are no logits after a stretch
+        return False
 
     def _read_on(self, depth: int, deadline: float) -> bool:
         context = self.context
@@ -167,7 +172,7 @@ class _Run:
         self.header, self.progress = header, progress
         self._stack, self._deadline = stack, deadline
         self._started = time.perf_counter()
-        self._busy_before = _busy_cores()
+        self._busy_before = busy_cores()
         self._models: dict[LoadMode, NativeModel] = {}
         self._kinds: dict[Attention, _Contestant] = {}
         self._speed = Timed(0.0, 0.0)
@@ -379,14 +384,6 @@ class _Run:
     def _n_kinds_in_memory(self) -> int:
         need = memory_need(self.header, LoadParams(n_ctx=2000 + _ROOM, load_mode=self.load_mode))
         return available_memory().available // (2 * max(1, need.kv + need.compute))
-
-
-def _busy_cores() -> float | None:
-    """How many cores others kept busy during the last minute; None where the system doesn't tell."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
 
 
 def _speeds(timed: Timed) -> dict[str, float]:

@@ -10,13 +10,13 @@ import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgellm.config import LoadParams
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.native import library
 from edgellm.native.context_params import context_params, flag_reader, new_batch
+from edgellm.native.logits import HasLogits
 from edgellm.native.lora import ActiveAdapters, Adapter
 from edgellm.native.model import NativeModel
 from edgellm.native.owned import Owned, release
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DecodeProgress = Callable[[int, int], object]  # (tokens done, tokens in all); returning False cancels
 
 
-class Context:
+class Context(HasLogits):
     """A `llama_context` with one sequence.
 
     n_outputs: at how many positions of one decode call logits may be asked for; it costs a buffer of
@@ -50,7 +50,7 @@ class Context:
         self.model = model
         self.tokens: list[int] = []
         self._n_logits = 0  # rows that may be sampled: those of the last decode call
-        self._samplers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._samplers = weakref.WeakSet()
         self._adapters = ActiveAdapters()
         wanted = params.n_ctx or model.n_ctx_train
         self.n_ctx = min(wanted, model.n_ctx_train) if model.n_ctx_train > 0 else wanted
@@ -321,35 +321,6 @@ class Context:
         if len(tokens) > self.n_ctx:
             raise ContextFull(f"{len(tokens)} tokens don't fit the context of {self.n_ctx}; shorten the text")
 
-    def sample(self, chain: Any, i: int | None = None) -> int:
-        """Let a sampler chain (see sampler.py) choose from the logits of the i-th token of the last `verify`; None =
-        of the last evaluated token.
-        """
-        with self._native.lock:
-            return int(self._lib.llama_sampler_sample(chain, self._open_pointer(), self._logits_index(i)))
-
-    def likeliest(self, np: ModuleType, i: int | None = None) -> int:
-        """The token with the largest logit, of the same choice; np is numpy."""
-        with self._native.lock:
-            return int(self._row(np, i).argmax())
-
-    def look(self, np: ModuleType, i: int | None, see: Callable[[Any], int]) -> int:
-        """What `see` makes of the logits of the same choice, float32 (n_vocab,), which it must not keep or change."""
-        with self._native.lock:
-            return see(self._row(np, i))
-
-    def likeliest_and_probability(self, np: ModuleType) -> tuple[int, float]:
-        """`likeliest` after the last evaluated token, and the probability the model gives it."""
-        with self._native.lock:
-            row = self._row(np, None)
-            token = int(row.argmax())
-            return token, 1 / float(np.exp(row - row[token]).sum())
-
-    def _row(self, np: ModuleType, i: int | None) -> Any:
-        """Valid while the lock is held."""
-        logits = self._lib.llama_get_logits_ith(self._open_pointer(), self._logits_index(i))
-        return np.ctypeslib.as_array(logits, (self.model.vocab.size,))
-
     def _logits_index(self, i: int | None) -> int:
         """llama.cpp's; it would abort the process for one without logits."""
         if not self._n_logits:
@@ -371,15 +342,6 @@ class Context:
         with self._native.lock:
             self._open_pointer()
             return bool(self._memory_range()[1] == len(self.tokens) - 1)
-
-    def adopt(self, sampler: object) -> None:
-        """Have `sampler.close()` called before the context goes away."""
-        self._samplers.add(sampler)
-
-    def _open_pointer(self) -> Any:
-        if self._native.pointer is None:
-            raise GenerationError("the model is closed; load it again")
-        return self._native.pointer
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

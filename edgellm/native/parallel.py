@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgellm.config import LoadParams, SamplingParams
 from edgellm.errors import Cancelled, ContextFull, GenerationError
 from edgellm.native import library
 from edgellm.native.context_params import context_params, flag_reader
+from edgellm.native.logits import HasLogits
 from edgellm.native.lora import ActiveAdapters, Adapter
 from edgellm.native.model import NativeModel
-from edgellm.native.sampler import make_chain
+from edgellm.native.owned import Owned, release
+from edgellm.native.sampler import ConstrainedSampler, Sampler
+
+if TYPE_CHECKING:
+    from edgellm.constraint import Matcher
 
 
 @dataclass
@@ -29,106 +32,132 @@ class Piece:
     wants_logits: bool
 
 
-class ParallelContext:
-    """A context for n_sequences, numbered from 0, that share n_ctx tokens of memory. For one thread.
+class ParallelContext(HasLogits):
+    """A context for n_sequences, numbered from 0, that have an n_sequences-th of n_ctx tokens each. For one thread.
 
-    n_ctx: of all sequences together. It is used by a `with` block, or closed.
+    n_ctx: of all sequences together.
     """
 
     def __init__(self, model: NativeModel, params: LoadParams, n_sequences: int) -> None:
         self._lib = lib = library.load()
         self.model, self.n_ctx, self.n_sequences = model, params.n_ctx, n_sequences
+        self.can_share = not model.is_recurrent  # a recurrent state is that of the last token only
         native = context_params(lib, params, params.n_ctx, n_sequences)
         native.n_seq_max = n_sequences
         native.n_outputs_max_per_seq = 1
+        # a memory of its own for each: in a common one every token would look at the cells of all, if only to skip them
+        native.kv_unified = False
         self._abort_callback, abort_flag = flag_reader(lib)
         native.abort_callback = self._abort_callback
         native.abort_callback_data = ctypes.addressof(abort_flag)
-        self._abort_flag = abort_flag
-        native.kv_unified = True  # sequences share cells, so that a common beginning is held once
         library.forget_errors()
-        self._pointer = lib.llama_init_from_model(model.pointer, native)
-        if not self._pointer:
+        pointer = lib.llama_init_from_model(model.pointer, native)
+        if not pointer:
             reason = library.last_error("out of memory?")
             raise GenerationError(f"cannot make a context of {params.n_ctx} tokens: {reason}; use fewer at once")
-        self.n_batch = int(lib.llama_n_batch(self._pointer))
-        self._memory = lib.llama_get_memory(self._pointer)
-        self._batch = lib.llama_batch_init(self.n_batch, 0, 1)
-        self._chains: dict[int, Any] = {}
-        self._lock = threading.Lock()  # close() must not free it in the middle of a decode
-        self._free = weakref.finalize(self, _release, lib, self._pointer, self._batch, self._chains, model)
+        self.n_batch = int(lib.llama_n_batch(pointer))
+        self._memory = lib.llama_get_memory(pointer)
+        self._native = Owned(pointer, lib.llama_batch_init(self.n_batch, 0, 1), abort_flag)
+        self._samplers = weakref.WeakSet()
+        self._choosers: dict[int, Sampler | ConstrainedSampler] = {}
+        self._rows: dict[int, int] = {}  # sequence → where in the last batch its logits are
+        self._free = weakref.finalize(self, release, lib, self._native, self._samplers, model)
 
     def close(self) -> None:
         """Stop a decode that runs on another thread, then free it. Twice is fine."""
-        self.abort()
-        with self._lock:
-            self._free()
+        self._free()
 
     def abort(self) -> None:
         """Make the decode that is running, or else the next, raise Cancelled. From any thread."""
-        self._abort_flag[0] = 1
+        self._native.abort_flag[0] = 1
 
     def clear_abort(self) -> None:
-        self._abort_flag[0] = 0
+        self._native.abort_flag[0] = 0
 
     def use_adapters(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Add these LoRAs, by weight, before anything is evaluated."""
         self._adapters = ActiveAdapters(adapters)
-        self._adapters.switch(self._pointer, 0)
+        self._adapters.switch(self._native.pointer, 0)
 
     def start(
-        self, sequence: int, params: SamplingParams, prompt: Sequence[int], copied_from: int | None, n: int
-    ) -> None:
+        self,
+        sequence: int,
+        params: SamplingParams,
+        matcher: Matcher | None,
+        prompt: Sequence[int],
+        copied_from: int | None,
+        n: int,
+    ) -> int:
         """Empty a sequence and give it the first n tokens of another one's memory, and a sampler of its own.
 
-        prompt: what the penalties look back on.
+        matcher: of the answer's form, which the sampler then keeps to. prompt: what the penalties look back on.
+        Returns how many tokens the sequence holds now: n, or none.
         """
-        with self._open() as lib:
+        with self._native.lock:
+            self._open_pointer()
             self._clear(sequence)
-            if copied_from is not None and n:
-                lib.llama_memory_seq_cp(self._memory, copied_from, sequence, 0, n)
-            self._chains[sequence] = make_chain(lib, params, self.model.vocab.size, self.n_ctx, prompt)
+            held = n if copied_from is not None and self._copy(copied_from, sequence, n) else 0
+        sampler = Sampler(self, params)
+        sampler.accept_prompt(prompt)
+        self._choosers[sequence] = sampler if matcher is None else ConstrainedSampler(sampler, matcher)
+        return held
+
+    def _copy(self, source: int, target: int, n: int) -> bool:
+        """Only a whole memory can be copied into another; what is too much of it is then dropped."""
+        lib, memory = self._lib, self._memory
+        lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+        first_needed = max(0, n - self.model.n_swa) if self.model.n_swa > 0 else 0
+        if (
+            lib.llama_memory_seq_rm(memory, target, n, -1)
+            and lib.llama_memory_seq_pos_max(memory, target) == n - 1
+            and lib.llama_memory_seq_pos_min(memory, target) <= first_needed
+        ):
+            return True
+        lib.llama_memory_seq_rm(memory, target, -1, -1)
+        return False
 
     def finish(self, sequence: int) -> None:
         """Free what the sequence holds."""
-        with self._open():
+        with self._native.lock:
+            self._open_pointer()
             self._clear(sequence)
 
     def _clear(self, sequence: int) -> None:
-        self._lib.llama_memory_seq_rm(self._memory, sequence, 0, -1)
-        chain = self._chains.pop(sequence, None)
-        if chain is not None:
-            self._lib.llama_sampler_free(chain)
+        self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        self._rows.pop(sequence, None)
+        self._choosers.pop(sequence, None)
 
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[Any]:
-        """llama.cpp, while nobody else frees the context."""
-        with self._lock:
-            if not self._free.alive:
-                raise GenerationError("the model is closed; load it again")
-            yield self._lib
+    def decode(self, pieces: Sequence[Piece]) -> None:
+        """Evaluate all pieces, at most n_batch tokens together.
 
-    def decode(self, pieces: Sequence[Piece]) -> dict[int, int]:
-        """Evaluate all pieces, at most n_batch tokens together. Returns sequence → the token chosen after its piece.
-
-        Errors: ContextFull (no cells left; nothing was evaluated), GenerationError.
+        Errors: ContextFull (no cells left; nothing was evaluated), Cancelled, GenerationError.
         """
-        with self._open() as lib:
-            rows = self._fill(pieces)
-            code = lib.llama_decode(self._pointer, self._batch)
-            if code == 0:
-                sample = lib.llama_sampler_sample
-                return {seq: int(sample(self._chains[seq], self._pointer, row)) for seq, row in rows.items()}
+        with self._native.lock:
+            pointer = self._open_pointer()
+            self._rows = self._fill(pieces)
+            code = self._lib.llama_decode(pointer, self._native.batch)
+        if code == 0:
+            return
+        self._rows = {}
         if code == 2:
             raise Cancelled("cancelled while tokens were being evaluated")
         if code == 1:
-            raise ContextFull(f"the {self.n_ctx} tokens of context are used up by {len(self._chains)} sequences")
-        reason = library.last_error("llama.cpp gave no reason")
-        raise GenerationError(f"llama.cpp could not evaluate {self._batch.n_tokens} tokens (code {code}): {reason}")
+            raise ContextFull(f"the {self.n_ctx} tokens of context are used up by {len(self._choosers)} sequences")
+        n, reason = self._native.batch.n_tokens, library.last_error("llama.cpp gave no reason")
+        raise GenerationError(f"llama.cpp could not evaluate {n} tokens (code {code}): {reason}")
+
+    def choose(self, sequence: int) -> int:
+        """The token chosen after the sequence's piece of the last decode. GenerationError: its form allows none."""
+        return self._choosers[sequence].sample(sequence)
+
+    def _logits_index(self, i: int | None) -> int:
+        if i is None or i not in self._rows:
+            raise GenerationError(f"there are no logits of sequence {i}")
+        return self._rows[i]
 
     def _fill(self, pieces: Sequence[Piece]) -> dict[int, int]:
         """The batch; returns sequence → where in it the logits of its piece are asked for."""
-        batch, n = self._batch, 0
+        batch, n = self._native.batch, 0
         rows: dict[int, int] = {}
         for piece in pieces:
             for k, token in enumerate(piece.tokens):
@@ -141,10 +170,3 @@ class ParallelContext:
                 batch.logits[n - 1] = 1
         batch.n_tokens = n
         return rows
-
-
-def _release(lib: Any, pointer: Any, batch: Any, chains: dict[int, Any], _model: NativeModel) -> None:
-    for chain in chains.values():
-        lib.llama_sampler_free(chain)
-    lib.llama_free(pointer)
-    lib.llama_batch_free(batch)

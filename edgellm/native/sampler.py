@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm.config import RANDOM_SEED, SamplingParams
 from edgellm.errors import GenerationError
 from edgellm.native import library
-from edgellm.native.context import Context
+from edgellm.native.logits import HasLogits
 
 if TYPE_CHECKING:
     from edgellm.constraint import Mask, Matcher
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Sampler:
     """Owns a sampler chain. The context closes it before itself; closing it twice is fine."""
 
-    def __init__(self, context: Context, params: SamplingParams) -> None:
+    def __init__(self, context: HasLogits, params: SamplingParams) -> None:
         self._lib = library.load()
         self._context = context
         self._penalty_window = _penalty_window(params, context.n_ctx)
@@ -104,14 +104,6 @@ def _penalty_window(params: SamplingParams, n_ctx: int) -> int:
     if not on:
         return 0
     return n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
-
-
-def make_chain(lib: Any, params: SamplingParams, n_vocab: int, n_ctx: int, prompt: Sequence[int]) -> Any:
-    """A chain of its own for a sequence; the penalties have seen the end of the prompt. For llama_sampler_free."""
-    window = _penalty_window(params, n_ctx)
-    chain = _make_chain(lib, params, n_vocab, window)
-    _accept_end(lib, chain, prompt, window)
-    return chain
 
 
 def _accept_end(lib: Any, chain: Any, tokens: Sequence[int], window: int) -> None:

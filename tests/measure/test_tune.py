@@ -110,6 +110,27 @@ def test_a_short_context_repeated_is_as_good_as_a_long_one(model_path: Path, fla
         assert context._memory_range() == (0, 2)
 
 
+def test_a_depth_that_is_given_up_leaves_what_was_there_to_be_measured_again(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(NativeModel(path=model_path)) as model, closing(Context(model, LoadParams(n_ctx=1024))) as context:
+        contestant = tune._Contestant(context, model.vocab.tokenize("One two three. " * 400, special=False), 2)
+        assert contestant.fill(64, time.perf_counter() + 60)
+        calls: list[int] = []
+
+        def late(context: Context, n_tokens: int) -> bool:
+            calls.append(n_tokens)
+            return stretch(context, n_tokens)
+
+        monkeypatch.setattr(tune, "stretch", late)
+        # in time for the short text that is repeated, too late for the rest
+        monkeypatch.setattr(contestant, "_read_on", lambda depth, _: depth == tune.N_READ)
+        assert not contestant.fill(900, 0.0)
+        assert calls == [900 - tune.N_READ]
+        assert len(context.tokens) == 64
+        assert contestant.step() > 0
+
+
 def test_a_slow_minute_of_the_machine_hits_all_alike() -> None:
     factor = iter([factor for factor in [1, 7, 1, 3, 3, 1, 9, 1] * 9 for _ in range(2)])  # of a round
     found = interleaved({"a": lambda: 1.00 * next(factor), "b": lambda: 1.05 * next(factor)}, patience=60, enough=8)

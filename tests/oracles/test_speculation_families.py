@@ -10,6 +10,7 @@ import pytest
 import converters
 import edgellm
 from edgellm import GenerationError, LoadParams, SamplingParams
+from edgellm.engine.parallel import Request
 from edgellm.speculation.depth import Depth
 from tests.oracles.families import make_reference
 from tests.oracles.family_cases import CASES
@@ -53,3 +54,20 @@ def test_states_that_cannot_be_taken_back_are_refused_and_auto_does_without(case
         assert model.complete(prompt, SamplingParams(max_tokens=8)).stats.drafted == 0
         with pytest.raises(GenerationError, match="taken back"):
             model.complete(prompt, SamplingParams(max_tokens=8), draft="ngram")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _STATES[:3] + _WINDOWS[:2], ids=lambda case: f"{case.name} {case.what}")
+def test_answers_in_parallel_are_those_of_one_at_a_time(case: object, tmp_path: Path) -> None:
+    """With beginnings in common: a recurrent state can't be shared, a window that has moved on can."""
+    params = SamplingParams(max_tokens=12)
+    prompts = [[20, 21, 22, 23] * 20 + [24 + i] * (i % 3) + [30] for i in range(6)]
+    with edgellm.load(converted(case, tmp_path), LoadParams(n_ctx=128, n_threads=1)) as model:
+        found = {a.key: a for a in model.answer_all([Request(i, p, params) for i, p in enumerate(prompts)], 2)}
+        for i, prompt in enumerate(prompts):
+            written = list(prompt)
+            for token in found[i].token_ids:
+                logits = model.logits(written)[-1]
+                assert logits[token] >= logits.max() - 0.02 * logits.std()
+                written.append(token)
+            assert len(found[i].token_ids) == 12 or found[i].finish_reason == "stop"

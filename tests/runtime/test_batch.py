@@ -16,7 +16,9 @@ import pytest
 
 import edgellm
 from edgellm import LoadParams, SamplingParams
+from edgellm.constraint import Matcher
 from edgellm.engine.parallel import Answer, Request, answer_all
+from edgellm.errors import GenerationError
 from edgellm.native.parallel import Piece
 
 EDGELLM = [sys.executable, "-c", "from edgellm.cli.main import main; main()"]
@@ -25,34 +27,52 @@ EDGELLM = [sys.executable, "-c", "from edgellm.cli.main import main; main()"]
 class Scripted:
     """A sequence says its prompt's first token plus 1, 2, 3 …; 100 and multiples end it. Checks what it is given."""
 
+    can_share = True
+
     def __init__(self, n_sequences: int, n_ctx: int = 1000, n_batch: int = 16) -> None:
         self.n_sequences, self.n_ctx, self.n_batch = n_sequences, n_ctx, n_batch
         self.memory: dict[int, list[int]] = {}
+        self.matchers: dict[int, Matcher | None] = {}
+        self.forgets = False  # whether nothing can be copied after all
         self.evaluated = 0
         self.widths: list[int] = []
 
     def start(
-        self, sequence: int, params: SamplingParams, prompt: Sequence[int], copied_from: int | None, n: int
-    ) -> None:
+        self,
+        sequence: int,
+        params: SamplingParams,
+        matcher: Matcher | None,
+        prompt: Sequence[int],
+        copied_from: int | None,
+        n: int,
+    ) -> int:
         assert sequence not in self.memory
+        if self.forgets:
+            copied_from, n = None, 0
         self.memory[sequence] = [] if copied_from is None else self.memory[copied_from][:n]
         assert self.memory[sequence] == list(prompt[:n])
+        self.matchers[sequence] = matcher
+        return n
 
     def finish(self, sequence: int) -> None:
         del self.memory[sequence]
 
-    def decode(self, pieces: Sequence[Piece]) -> dict[int, int]:
+    def decode(self, pieces: Sequence[Piece]) -> None:
         assert 0 < sum(len(piece.tokens) for piece in pieces) <= self.n_batch
         self.widths.append(len(pieces))
-        chosen = {}
+        self.chosen = {}
         for piece in pieces:
             memory = self.memory[piece.sequence]
             assert piece.position == len(memory)
             memory += piece.tokens
             self.evaluated += len(piece.tokens)
             if piece.wants_logits:
-                chosen[piece.sequence] = memory[-1] + 1
-        return chosen
+                self.chosen[piece.sequence] = memory[-1] + 1
+
+    def choose(self, sequence: int) -> int:
+        if self.matchers[sequence] is not None and self.chosen[sequence] % 100 == 13:
+            raise GenerationError("a form that nobody can keep to")
+        return self.chosen[sequence]
 
     def piece(self, token: int) -> bytes:
         return f"{token},".encode()
@@ -68,7 +88,7 @@ def request(key: object, prompt: list[int], **params: object) -> Request:
 def test_every_request_gets_its_own_answer_and_a_free_sequence_is_used_at_once() -> None:
     scripted = Scripted(3)
     starts = [95, 190, 299, 393, 497, 550]
-    answers = {a.key: a for a in answer_all(scripted, scripted, [request(s, [s]) for s in starts])}
+    answers = {a.key: a for a in answer_all(scripted, lambda _: scripted, [request(s, [s]) for s in starts])}
     for start in starts:
         expected = list(range(start + 1, (start // 100 + 1) * 100))
         assert list(answers[start].token_ids) == expected
@@ -81,9 +101,32 @@ def test_every_request_gets_its_own_answer_and_a_free_sequence_is_used_at_once()
 def test_a_common_beginning_is_read_once() -> None:
     scripted = Scripted(4)
     common = [7] * 40
-    answers = list(answer_all(scripted, scripted, [request(i, [*common, 96 + i % 2]) for i in range(8)]))
+    answers = list(answer_all(scripted, lambda _: scripted, [request(i, [*common, 96 + i % 2]) for i in range(8)]))
     assert len(answers) == 8
     assert scripted.evaluated < 40 + 8 * 8
+
+
+def test_a_beginning_that_cant_be_shared_is_read_again() -> None:
+    scripted = Scripted(4)
+    scripted.forgets = True
+    answers = list(answer_all(scripted, lambda _: scripted, [request(i, [*[7] * 40, 96 + i % 2]) for i in range(8)]))
+    assert [len(a.token_ids) for a in sorted(answers, key=lambda a: int(str(a.key)))] == [3, 2] * 4
+    assert scripted.evaluated >= 8 * 41
+
+
+def test_a_form_that_fails_ends_its_own_answer_alone() -> None:
+    def matcher_of(params: SamplingParams) -> Matcher | None:
+        if params.regex == "bad":
+            raise GenerationError("no such form")
+        return object() if params.regex else None  # type: ignore[return-value]
+
+    scripted = Scripted(3)
+    asked = [request("bad", [90], regex="bad"), request("fails", [110], regex="x"), request("free", [110])]
+    found = {a.key: a for a in answer_all(scripted, lambda _: scripted, asked, matcher_of)}
+    assert (found["bad"].error, found["bad"].token_ids) == ("no such form", ())
+    assert (found["fails"].error, found["fails"].token_ids) == ("a form that nobody can keep to", ())
+    assert len(found["free"].token_ids) == 89
+    assert scripted.memory == {}
 
 
 def test_limits_stop_strings_and_refusals() -> None:
@@ -96,7 +139,7 @@ def test_limits_stop_strings_and_refusals() -> None:
         request("zero", [1], max_tokens=0),
         request("full", [30] * 10),
     ]
-    found = {a.key: a for a in answer_all(scripted, scripted, asked)}
+    found = {a.key: a for a in answer_all(scripted, lambda _: scripted, asked)}
     assert (found["limit"].text, found["limit"].finish_reason) == ("2,3,4,", "length")
     assert (found["stop"].text, found["stop"].finish_reason) == ("6,7,", "stop")
     assert "empty" in found["none"].error
@@ -108,7 +151,7 @@ def test_limits_stop_strings_and_refusals() -> None:
 def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
     scripted = Scripted(2, n_batch=8)
     asked = [request("a", [190]), request("b", [50] * 30, max_tokens=2)]
-    found = {a.key: a for a in answer_all(scripted, scripted, asked)}
+    found = {a.key: a for a in answer_all(scripted, lambda _: scripted, asked)}
     assert len(found["a"].token_ids) == 9
     assert found["b"].token_ids == (51, 52)
     assert scripted.widths[1:4] == [2, 2, 2]
@@ -152,7 +195,12 @@ def test_lines_of_every_shape_and_bad_ones(model_path: Path, tmp_path: Path) -> 
         '{"custom_id": "m", "messages": [{"role": "user"}]}',
         '{"custom_id": "e", "messages": []}',
         '{"custom_id": "s", "messages": ["Hi"]}',
-        '{"custom_id": "f", "prompt": "x", "schema": {"type": "boolean"}}',
+        '{"custom_id": "f", "prompt": "Is water wet?", "schema": {"type": "boolean"}}',
+        '{"custom_id": "r", "prompt": "Name a colour.", "regex": "red|blue", "temperature": 1.5}',
+        '{"custom_id": "j", "body": {"messages": [{"role": "user", "content": "Hi"}], "response_format":'
+        ' {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}}}',
+        '{"custom_id": "u", "prompt": "x", "schema": {"type": "nothing"}}',
+        '{"custom_id": "v", "body": {"messages": [{"role": "user", "content": "Hi"}], "response_format": "x"}}',
         "[1]",
         "",
     ]
@@ -160,19 +208,23 @@ def test_lines_of_every_shape_and_bad_ones(model_path: Path, tmp_path: Path) -> 
     source.write_text("\n".join(lines), encoding="utf-8")
     result = edgellm_batch(model_path, source, "-o", out, "--n-ctx", 256, "--parallel", 2, "--system", "Be brief.")
     assert (result.returncode, result.stdout) == (1, b"")
-    assert b"11 answers, 8 of them errors" in result.stderr
+    assert b"15 answers, 9 of them errors" in result.stderr
     records = {r["custom_id"]: r for r in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
-    assert set(records) == {"plain", "line-2", "o", "line-4", "n", "t", "m", "e", "s", "f", "line-11"}
+    assert set(records) == {"plain", "line-2", "o", "line-4", "n", "t", "m", "e", "s", *"frjuv", "line-15"}
     assert records["plain"]["usage"]["completion_tokens"] == 5
     assert records["plain"]["error"] is None
     assert records["line-2"]["text"]
     answer = records["o"]["response"]["body"]
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] == 3
-    assert "can't be part of a batch" in records["f"]["error"]["message"]
+    assert records["f"]["text"] in ("true", "false")
+    assert records["r"]["text"] in ("red", "blue")
+    assert records["j"]["response"]["body"]["choices"][0]["message"]["content"] in ('"yes"', '"no"')
+    assert "form can't be used" in records["u"]["error"]["message"]
+    assert "response_format" in records["v"]["error"]["message"]
     assert "temperature is -1" in records["t"]["error"]["message"]
     again = edgellm_batch(model_path, source, "-o", out)
-    assert (again.returncode, b"11 of 11 lines are answered already" in again.stderr) == (0, True)
+    assert (again.returncode, b"15 of 15 lines are answered already" in again.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(

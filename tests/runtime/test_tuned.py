@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgellm.catalog.partners import fingerprint
 from edgellm.config import LoadParams
 from edgellm.engine import tuned
 from edgellm.engine.tuned import Attention, Tuning, forget, save, settle, tuning_file, tuning_for
+from edgellm.gguf_metadata import set_entry
 
 FOUND = Tuning(
     n_threads=1,
@@ -56,6 +58,14 @@ def test_it_holds_for_this_model_only(model_path: Path, tmp_path: Path) -> None:
     data[len(data) - 100 : len(data)] = bytes(100)
     other.write_bytes(data)
     assert tuning_for(other) is None
+
+
+def test_it_still_holds_when_a_draft_is_written_into_the_file(model_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(model_path, tmp_path / "copy.gguf"))
+    save(copy, FOUND)
+    set_entry(copy, "edgellm.draft", ["some.ngram", "other.gguf"])
+    assert copy.stat().st_size != model_path.stat().st_size
+    assert tuning_for(copy) == FOUND
 
 
 def test_hashing_reads_a_bounded_part_of_the_file(tmp_path: Path) -> None:
