@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgellm.chat.conversation import Conversation
     from edgellm.config import LoadParams, SamplingParams
-    from edgellm.engine.model import Completion, Model, load
+    from edgellm.engine.model import Model, load
+    from edgellm.engine.process import freeze_support
+    from edgellm.engine.stream import Completion
     from edgellm.errors import (
         AdapterError,
         BudgetError,
@@ -43,7 +45,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "edgellm.chat.conversation": ("Conversation",),
     "edgellm.config": ("LoadParams", "SamplingParams"),
-    "edgellm.engine.model": ("Completion", "Model", "load"),
+    "edgellm.engine.model": ("Model", "load"),
+    "edgellm.engine.process": ("freeze_support",),
+    "edgellm.engine.stream": ("Completion",),
     "edgellm.errors": (
         "AdapterError",
         "BudgetError",
@@ -90,6 +94,7 @@ __all__ = [  # noqa: RUF022 - in the order of the reader's interest
     "DraftMismatch",
     "SessionError",
     "EngineCrashed",
+    "freeze_support",
 ]
 
 # A library must not write to stderr: without a handler here, Python's last-resort handler would.

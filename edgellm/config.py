@@ -84,6 +84,7 @@ class SamplingParams:
     repeat_penalty 1, presence_penalty 0 and frequency_penalty 0 are off; they look back penalty_last_n tokens
     (-1 = the whole context). seed None = a new one for each call.
     stop: generation ends before any of these strings, which aren't part of the text.
+    shown_tokens: texts of control tokens, which otherwise stand for no text, that shall be part of the answer.
     schema, regex, lark: at most one of them, the form of the answer: a JSON Schema (mapping, text, or Pydantic model),
     a regular expression, a Lark grammar as llguidance reads it.
     """
@@ -99,15 +100,14 @@ class SamplingParams:
     penalty_last_n: int = 64
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    shown_tokens: tuple[str, ...] = ()
     schema: Any = None
     regex: str | None = None
     lark: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
+        for name, given in (("stop", self.stop), ("shown_tokens", self.shown_tokens)):
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", self.max_tokens, "0 or more")
         _check(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")

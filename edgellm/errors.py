@@ -96,4 +96,4 @@ class SessionError(EdgeLLMError):
 
 
 class EngineCrashed(EdgeLLMError):
-    """The child process running the engine died; the next call restarts it."""
+    """The child process that held the engine died; the message says how. The next call starts another one."""

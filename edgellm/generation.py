@@ -8,11 +8,11 @@ decoder's memory holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from edgellm.config import SamplingParams
 from edgellm.errors import Cancelled, ContextFull, GenerationError
@@ -91,6 +91,7 @@ class GenerationResponse:
 
     token_ids: the tokens since the last response, without the one that ends the generation.
     from_draft: for each of them, whether a draft proposed it.
+    tool_calls: of the last one, where tools were given: what the model calls, in OpenAI's shape.
     """
 
     text: str
@@ -98,6 +99,7 @@ class GenerationResponse:
     from_draft: tuple[bool, ...]
     finish_reason: FinishReason | None
     stats: GenerationStats
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
 
 
 def generate_step(decoder: Decoder, chooser: Chooser) -> Iterator[tuple[Sequence[int], int]]:

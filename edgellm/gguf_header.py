@@ -8,12 +8,13 @@ versions 2 and 3 only. Format: https://github.com/ggml-org/ggml/blob/master/docs
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_LAYERS, _MAX_EXPERTS = 512, 1024  # of llama.cpp
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,16 @@ def read_header(path: str | Path) -> GGUFHeader:
 
 
 def check_loadable(path: str | Path) -> GGUFHeader:
-    """The header of a file that llama.cpp can be given; ModelFileError where its native code would abort."""
-    header = read_header(path)
+    """The header of a file that llama.cpp can be given; ModelFileError where its native code would abort.
+
+    Of the first file of several: with the tensors of them all (whose offsets are each in its own file).
+    """
+    return checked(read_header(path))
+
+
+def checked(header: GGUFHeader) -> GGUFHeader:
+    """As `check_loadable`, of a header that was read already."""
+    header = _with_other_parts(header)
     if not header.architecture:
         raise ModelFileError(f"{header.path} has no general.architecture: it is no model file")
     if header.metadata.get("general.type", "model") not in ("model", "mmproj"):
@@ -143,6 +153,38 @@ def check_loadable(path: str | Path) -> GGUFHeader:
     _check_numbers(header)
     _check_vocabulary(header)
     return header
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that together are one model, by the names llama.cpp gives them, in order; a whole file is its own."""
+    named = _PART.fullmatch(path.name)
+    if named is None:
+        return [path]
+    count = int(named["count"])
+    return [path.with_name(f"{named['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+
+
+def _with_other_parts(header: GGUFHeader) -> GGUFHeader:
+    """llama.cpp is given the first file of several, and finds the others by their names."""
+    number, count = header.metadata.get("split.no", 0), header.metadata.get("split.count", 1)
+    if not isinstance(count, int) or count <= 1:
+        return header
+    parts = parts_of(header.path)
+    if len(parts) != count:
+        raise ModelFileError(
+            f"{header.path} is one of {count} files of a model, which llama.cpp finds only under names that end in "
+            f"-00001-of-{count:05}.gguf and so on; give them their names back"
+        )
+    if number != 0:
+        raise ModelFileError(f"{header.path} is one of {count} files of a model; give the first: {parts[0].name}")
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise ModelFileError(
+            f"{header.path} is one of {count} files of a model; put {', '.join(missing[:4])} beside it"
+        )
+    others = [read_header(part) for part in parts[1:]]
+    tensors = {**header.tensors, **{name: info for other in others for name, info in other.tensors.items()}}
+    return replace(header, tensors=tensors, n_bytes=header.n_bytes + sum(other.n_bytes for other in others))
 
 
 def _with_article(kind: object) -> str:

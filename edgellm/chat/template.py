@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
@@ -19,7 +19,12 @@ from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from edgellm.chat.channels import find_channels, without_thinking
 from edgellm.errors import GenerationError
+from edgellm.text import ControlMarker
+
+if TYPE_CHECKING:
+    from edgellm.chat.tool_schema import Tool
 
 Message = Mapping[str, Any]
 
@@ -35,13 +40,37 @@ class ChatTemplate:
         except (TemplateError, RecursionError, ValueError) as exc:
             raise GenerationError(f"the model's chat template can't be read: {exc}; use raw prompts instead") from exc
 
-    def render(self, messages: Sequence[Message], *, answer_follows: bool = True) -> str:
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Message] = (), answer_follows: bool = True) -> str:
         """The prompt text for `messages`, ending where the assistant's answer begins, or where the last one ends."""
-        variables = {"messages": messages, "add_generation_prompt": answer_follows, "tools": None, "documents": None}
+        variables = {"messages": messages, "add_generation_prompt": answer_follows, "tools": tools or None}
         try:
-            return self._template.render(**variables, **self._tokens)
+            return self._template.render(**variables, documents=None, **self._tokens)
         except Exception as exc:  # a template can fail with anything: a TypeError inside it is its own bug
             raise GenerationError(f"the model's chat template refused these messages: {_one_line(exc)}") from exc
+
+
+def prompt_of(
+    template: ChatTemplate, marker: ControlMarker, messages: Sequence[Message], tools: Sequence[Tool], answer: bool
+) -> tuple[str, str]:
+    """The prompt's text and the mark within what must not become a control token, as `ControlMarker.encode` takes it.
+
+    GenerationError: bad messages or tools, or a template that refuses them or has no place for tools.
+    """
+    checked = check_messages(messages)
+    if find_channels(template.source) is not None:
+        checked = without_thinking(checked)
+    if not tools and not any("tool_calls" in message for message in checked):
+        marked, mark = marker.mark(checked, template.source)
+        return template.render(marked, answer_follows=answer), mark
+    from edgellm.chat.tool_schema import tool_schemas
+    from edgellm.chat.tools import check_rendered, with_arguments_read
+
+    schemas = tool_schemas(tools)
+    (marked, marked_tools), mark = marker.mark((with_arguments_read(checked), schemas), template.source)
+    prompt = template.render(marked, tools=marked_tools, answer_follows=answer)
+    if schemas:
+        check_rendered(prompt, template.render(marked, answer_follows=answer), schemas)
+    return prompt, mark
 
 
 def find_template(metadata: Mapping[str, Any]) -> str:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgellm.cli import options
-from edgellm.cli.console import clear_status, on_thread, percentage, report, say, silence_stdout, write
-from edgellm.config import DEFAULT_N_CTX, SamplingParams
-from edgellm.errors import Cancelled, EdgeLLMError
+from edgellm.cli.chat_lines import read_message, whole_messages
+from edgellm.cli.console import clear_status, report, say, silence_stdout, unechoed
+from edgellm.config import DEFAULT_N_CTX, LoadParams, SamplingParams
+from edgellm.errors import EdgeLLMError
 
 if TYPE_CHECKING:
     from edgellm.chat.conversation import Conversation
+    from edgellm.chat.named import NamedSession
     from edgellm.engine.model import Model
     from edgellm.generation import GenerationResponse, GenerationStats
 
@@ -25,20 +25,48 @@ if TYPE_CHECKING:
 _CHAT_SAMPLING = SamplingParams(temperature=0.7)
 
 
+@dataclass(frozen=True)
+class Attachment:
+    """A file that was read: it goes with the next message. text: with its name above it."""
+
+    name: str
+    text: str
+    n_tokens: int
+
+
 @dataclass
 class Session:
-    """What the slash commands work on."""
+    """What the slash commands work on. given: the settings the user chose, over what a model's card advises.
+
+    named: where the conversation is kept, if anywhere.
+    """
 
     model: Model
     conversation: Conversation
-    sampling: SamplingParams
+    params: LoadParams
+    given: dict[str, Any]
     draft: str = options.DEFAULT_DRAFT
+    named: NamedSession | None = None
+    attached: list[Attachment] = field(default_factory=list)
     last_stats: GenerationStats | None = None
     failed: bool = False
 
+    @property
+    def sampling(self) -> SamplingParams:
+        return options.sampling_params(self.model.path, _CHAT_SAMPLING, self.given)
+
+    def with_attached(self, text: str) -> str:
+        """The message as the model gets it: behind the files that were read for it."""
+        return "\n\n".join([*(attachment.text for attachment in self.attached), text])
+
+    def keep(self, *, memory: bool = False) -> None:
+        """Write the named session, if there is one and something changed. OutputError."""
+        if self.named is not None:
+            self.named.keep(self.conversation, memory=memory)
+
 
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Path of a GGUF, or the name of a card.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")] = None,
     system: options.System = None,
     max_tokens: options.Tokens = None,
     seed: options.Seed = None,
@@ -53,6 +81,9 @@ def chat(
     flash_attn: options.FlashAttention = None,
     lora: options.LoraFiles = None,
     draft: options.DraftName = options.DEFAULT_DRAFT,
+    session: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with the conversation of this name, and keep it.")
+    ] = None,
     history: Annotated[bool, typer.Option(help="Remember what you type for the next chat.")] = True,
 ) -> None:
     """Chat with a model, by default the one that `edgellm[demo]` brings along. Piped in, every line is a turn."""
@@ -66,92 +97,105 @@ def chat(
     }
     params = options.load_params(n_ctx, threads, load_mode, kv_type, flash_attn)
     options.check_sampling(given)
-    with options.open_model(model, params, lora) as loaded:
-        from edgellm.chat.conversation import Conversation
+    named = _named_session(session)
+    from edgellm.chat.conversation import Conversation
 
-        loaded.chat_tokens([{"role": "user", "content": "Hello"}])  # a model that can't chat says so before the banner
-        sampling = options.sampling_params(loaded.path, _CHAT_SAMPLING, given)
-        session = Session(loaded, Conversation(loaded, system), sampling, draft)
-        try:
-            _talk(session, history)
-        except BrokenPipeError:
-            silence_stdout()
-            raise typer.Exit(1) from None
-    if session.failed:
+    loaded = options.open_model(model, params, lora)
+    talk = Session(loaded, Conversation(loaded, system), params, given, draft, named)
+    try:
+        check_chats(loaded)
+        _go_on(talk, system)
+        _talk(talk, history)
+        talk.keep(memory=True)
+    except BrokenPipeError:
+        silence_stdout()
+        raise typer.Exit(1) from None
+    finally:
+        talk.model.close()
+    if talk.failed:
         raise typer.Exit(1)
 
 
+def check_chats(model: Model) -> None:
+    """A model that can't chat says so before anything else. GenerationError."""
+    model.chat_tokens([{"role": "user", "content": "Hello"}])
+
+
+def _named_session(name: str | None) -> NamedSession | None:
+    if name is None:
+        return None
+    from edgellm.chat.named import NamedSession
+    from edgellm.errors import SessionError
+
+    try:
+        return NamedSession(name)
+    except SessionError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--session") from exc
+
+
+def _go_on(session: Session, system: str | None) -> None:
+    """Load the named session if there is one. SessionError: it is damaged; it isn't touched then."""
+    if session.named is None or not session.named.exists:
+        return
+    session.conversation = session.named.load(session.model)
+    say_loaded(session.conversation)
+    if system:
+        session.conversation.set_system(system)
+
+
+def say_loaded(conversation: Conversation) -> None:
+    say(f"{len(conversation.messages)} messages loaded")
+    if conversation.notice:
+        say(f"{conversation.notice}; they are read again")
+
+
 def _talk(session: Session, history: bool) -> None:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        _take_turns(session, whole_messages(sys.stdin.buffer))
+        return
+    from edgellm.cli.chat_commands import COMMAND_NAMES
+
+    _print_banner(session)
+    with unechoed():
+        _take_turns(session, _terminal_lines(history, COMMAND_NAMES))
+        session.failed = False  # whoever sits there has seen what failed
+
+
+def _take_turns(session: Session, lines: Iterator[str]) -> None:
     from edgellm.cli.chat_commands import run_slash_command
 
-    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if in_terminal:
-        _print_banner(session)
-    for line in _terminal_lines(history) if in_terminal else _piped_lines():
-        text = line.strip()
+    for line in lines:
+        text, is_command = read_message(line)
         if not text:
             continue
         try:
-            if text.startswith("/"):
-                if not run_slash_command(session, text):
-                    return
-            else:
-                answer(session, partial(_say_turn, session, text))
+            if not is_command:
+                _say(session, text)
+            elif not run_slash_command(session, text):
+                return
+            session.keep()
         except BrokenPipeError:
             raise
         except (EdgeLLMError, OSError) as exc:
             report(exc, debug=False)
-            session.failed = not in_terminal
+            session.failed = True
 
 
-def _say_turn(
-    session: Session, text: str, show: Callable[[float], object]
-) -> Generator[GenerationResponse, None, None]:
-    return session.conversation.say(text, session.sampling, draft=session.draft, on_progress=show)
+def _say(session: Session, text: str) -> None:
+    from edgellm.cli.chat_answer import answer
 
+    message = session.with_attached(text)
 
-def answer(
-    session: Session, ask: Callable[[Callable[[float], object]], Generator[GenerationResponse, None, None]]
-) -> None:
-    """Print the answer that `ask(on_progress)` gives, as it comes, and its figures. Ctrl-C ends it early."""
-    last = None
-    ends_line = True
+    def ask(show: Callable[[float], object]) -> Generator[GenerationResponse, None, None]:
+        return session.conversation.say(message, session.sampling, draft=session.draft, on_progress=show)
+
     try:
-        with closing(on_thread(ask(percentage("reading")), session.model.cancel)) as responses:
-            for last in responses:
-                write(last.text)
-                ends_line = last.text.endswith("\n") if last.text else ends_line
-    except Cancelled:
-        say("[stopped before the answer began; your message was taken back]", dim=True)
-        return
-    finally:
-        if last is not None and not (ends_line and last.stats.completion_tokens):
-            write("\n")
-    if last is not None:
-        session.last_stats = last.stats
-        _print_end(session, last)
-
-
-def _print_end(session: Session, last: GenerationResponse) -> None:
-    notes = {"cancelled": "stopped", "length": "cut at the token limit"}
-    if session.model.context_used >= session.model.n_ctx:
-        notes["length"] = "the context is full: /clear starts over, /undo takes a turn back"
-    note = notes.get(last.finish_reason or "")
-    if note:
-        say(f"[{note}]", dim=True)
-    if sys.stderr.isatty():
-        say(describe_stats(session.model, last.stats), dim=True)
-
-
-def describe_stats(model: Model, stats: GenerationStats) -> str:
-    """The figures of an answer on one line."""
-    read = f"{stats.evaluated_prompt_tokens} of {stats.prompt_tokens} prompt tokens read"
-    guessed = f"{stats.accepted} of {stats.drafted} guesses right · " if stats.drafted else ""
-    return (
-        f"{read} at {stats.prompt_tokens_per_second:.0f} tok/s · first token {stats.time_to_first_token:.2f} s · "
-        f"{stats.completion_tokens} tokens at {stats.decode_tokens_per_second:.0f} tok/s · {guessed}"
-        f"context {model.context_used}/{model.n_ctx}"
-    )
+        if answer(session, ask):
+            session.attached.clear()
+    except EdgeLLMError:
+        if session.attached:
+            say("what was read still waits for a message; /read off lets go of it", dim=True)
+        raise
 
 
 def describe_settings(settings: Mapping[str, Any]) -> str:
@@ -170,15 +214,10 @@ def _print_banner(session: Session) -> None:
     say("Ctrl-C stops an answer, Ctrl-D leaves, /help lists the commands", dim=True)
 
 
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        yield line.decode("utf-8", "replace")
-
-
-def _terminal_lines(history: bool) -> Iterator[str]:
+def _terminal_lines(history: bool, commands: tuple[str, ...]) -> Iterator[str]:
     from edgellm.cli.chat_input import make_prompt
 
-    prompt = make_prompt(history)
+    prompt = make_prompt(history, commands)
     while True:
         clear_status()
         try:

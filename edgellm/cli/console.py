@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from edgellm.errors import EdgeLLMError
 
@@ -19,10 +19,28 @@ Item = TypeVar("Item")
 INTERRUPTED = 130
 
 
+# What a terminal would act on instead of showing it: models and files may hold anything
+_CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could move the cursor or change the clipboard."""
+    return text.translate(_CONTROLS)
+
+
+def draws(stream: IO[str]) -> bool:
+    """Whether the stream is a terminal that understands escape sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def dimmed(text: str) -> str:
+    return f"\x1b[2m{text}\x1b[0m"
+
+
 def say(text: str = "", *, dim: bool = False) -> None:
     """A line on stderr."""
     clear_status()
-    print(f"\x1b[2m{text}\x1b[0m" if dim and sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(dimmed(text) if dim and draws(sys.stderr) else text, file=sys.stderr, flush=True)
 
 
 def report(error: BaseException, debug: bool) -> int:
@@ -44,13 +62,13 @@ def _one_line(error: BaseException) -> str:
 
 def status(text: str) -> None:
     """Show `text` on the current line of a terminal, in place of the status before; nothing when piped."""
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[2K\x1b[2m{text}\x1b[0m")
+    if draws(sys.stderr):
+        sys.stderr.write(f"\r\x1b[2K{dimmed(text)}")
         sys.stderr.flush()
 
 
 def clear_status() -> None:
-    if sys.stderr.isatty():
+    if draws(sys.stderr):
         sys.stderr.write("\r\x1b[2K")
         sys.stderr.flush()
 
@@ -120,6 +138,24 @@ def _interrupts_call(cancel: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def unechoed() -> Iterator[None]:
+    """Keys typed in the block aren't shown, so that they don't tear what is drawn; the next input line gets them."""
+    if sys.platform == "win32" or not sys.stdin.isatty():  # Windows echoes only while a line is read
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def write(text: str) -> None:

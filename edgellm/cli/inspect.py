@@ -17,12 +17,16 @@ _MAX_TEXT = 96  # characters of a metadata value shown in the table
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="GGUF file, checkpoint folder, or adapter folder.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="GGUF file, checkpoint folder, adapter folder, or a model's name.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show metadata, tensors and types of a model file."""
-    found = describe(path)
+    from edgellm.catalog.cards import resolve
+
+    found = describe(resolve(path))
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:

@@ -18,9 +18,11 @@ from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
 from edgellm.cli.convert import convert
 from edgellm.cli.demo import demo
+from edgellm.cli.doctor import doctor
 from edgellm.cli.draft import draft
 from edgellm.cli.eval import evaluate
 from edgellm.cli.inspect import inspect
+from edgellm.cli.models import models
 from edgellm.cli.run import run
 from edgellm.cli.tune import tune
 
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, chat, run, batch, draft, inspect, tune, bench, demo):
+for command in (convert, chat, run, batch, draft, inspect, models, tune, bench, doctor, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -16,13 +16,13 @@ from edgellm.cli.console import INTERRUPTED, on_thread, percentage, say, silence
 from edgellm.config import DEFAULT_N_CTX, SamplingParams
 
 if TYPE_CHECKING:
-    from edgellm.engine.model import Completion, Model
-    from edgellm.engine.stream import Stream
+    from edgellm.engine.model import Model
+    from edgellm.engine.stream import Completion, Stream
     from edgellm.generation import GenerationResponse
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Path of a GGUF, or the name of a model card.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF, or a name from `edgellm models`.")],
     prompt: Annotated[str | None, typer.Argument(help="The question; what is piped in follows it.")] = None,
     max_tokens: options.Tokens = None,
     system: options.System = None,
@@ -92,7 +92,7 @@ def _open_stream(
 
 
 def _answer(stream: Stream, show: bool) -> Completion:
-    from edgellm.engine.model import Completion
+    from edgellm.engine.stream import Completion
     from edgellm.generation import join
 
     with closing(on_thread(stream, stream.cancel)) as responses:

@@ -72,10 +72,10 @@ def memory_need(header: GGUFHeader, params: LoadParams) -> MemoryNeed:
 def check_fits(header: GGUFHeader, params: LoadParams, memory: Memory | None = None) -> None:
     """GenerationError, with the figures and what would fit, for a model that this machine has no memory for."""
     memory = memory or available_memory()
-    need = memory_need(header, params)
-    if need.resident <= memory.available and need.resident + need.mapped <= memory.total:
+    advice = what_fits(header, params, memory)
+    if not advice:
         return
-    advice = _what_fits(header, params, memory)
+    need = memory_need(header, params)
     raise GenerationError(
         f"{header.path.name} needs {_gb(need.resident + need.mapped)} of memory ({_gb(need.copied + need.mapped)} "
         f"weights, {_gb(need.kv)} for a context of {context_length(header, params.n_ctx)} tokens); this machine has "
@@ -83,8 +83,10 @@ def check_fits(header: GGUFHeader, params: LoadParams, memory: Memory | None = N
     )
 
 
-def _what_fits(header: GGUFHeader, params: LoadParams, memory: Memory) -> str:
-    """The largest context as the model was to be loaded, else mapped."""
+def what_fits(header: GGUFHeader, params: LoadParams, memory: Memory) -> str:
+    """What would fit, if loading it as asked doesn't: the largest context, as it was to be loaded or mapped; or ""."""
+    if _fits(memory_need(header, params), memory):
+        return ""
     modes: tuple[LoadMode | None, ...] = (params.load_mode, "mmap")
     for mode in modes:
         n_ctx = _largest_context(header, params, mode, memory)
@@ -98,11 +100,15 @@ def _what_fits(header: GGUFHeader, params: LoadParams, memory: Memory) -> str:
     return "convert the model to a smaller type (edgellm convert --max-size), or free some memory"
 
 
+def _fits(need: MemoryNeed, memory: Memory) -> bool:
+    return need.resident <= memory.available and need.resident + need.mapped <= memory.total
+
+
 def _largest_context(header: GGUFHeader, params: LoadParams, mode: LoadMode | None, memory: Memory) -> int:
     n_ctx = context_length(header, params.n_ctx)
     while n_ctx >= _CELLS:
         need = memory_need(header, replace(params, n_ctx=n_ctx, load_mode=mode))
-        if need.resident <= memory.available and need.resident + need.mapped <= memory.total:
+        if _fits(need, memory):
             return n_ctx
         n_ctx = n_ctx // 2 // _CELLS * _CELLS
     return 0

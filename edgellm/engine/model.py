@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -22,56 +21,49 @@ from edgellm.engine.adapters import Lora
 from edgellm.engine.drafts import N_OUTPUTS
 from edgellm.engine.memory import check_fits
 from edgellm.engine.resources import Resources
-from edgellm.engine.stream import Stream, Ticket, iterate_async
+from edgellm.engine.stream import Completion, Stream, Ticket, iterate_async
 from edgellm.engine.tuned import settings_in_force, settle, tuning_for
-from edgellm.errors import ContextFull, GenerationError
-from edgellm.generation import FinishReason, GenerationResponse, GenerationStats, join, stream_generate
+from edgellm.errors import GenerationError
+from edgellm.generation import GenerationResponse, Pieces, join, stream_generate
 from edgellm.gguf_header import check_loadable
 from edgellm.native.sampler import ConstrainedSampler, Sampler
 from edgellm.speculation.drafts import DraftChoice
-from edgellm.text import ControlMarker, plain_ids
+from edgellm.text import ControlMarker, ShownTokens, plain_ids
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from edgellm.chat.session import Memory
     from edgellm.chat.template import ChatTemplate
+    from edgellm.chat.tool_schema import Tool
     from edgellm.constraint import Matcher
     from edgellm.engine.parallel import Answer, Request
-
-    FloatMatrix = np.ndarray[Any, np.dtype[np.float32]]
+    from edgellm.engine.turn import Turns
+    from edgellm.engine.vectors import FloatMatrix
 
 Messages = Sequence[Mapping[str, Any]]
 Progress = Callable[[float], object]  # a fraction from 0 to 1; returning False cancels
-
-_LOGIT_ROWS = 64  # positions whose logits are computed together: 64 × 150,000 floats are 38 MB
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stats: GenerationStats
 
 
 def load(
     path_or_name: str | Path | None = None,
     params: LoadParams | None = None,
     *,
+    isolated: bool = False,
     lora: Sequence[Lora] = (),
     on_progress: Progress | None = None,
 ) -> Model:
     """Load a GGUF by its path, or a model by the name of its card; None = the model of `edgellm[demo]`.
 
+    isolated: in a process of its own, so that nothing native code does can end this one; see `IsolatedModel`.
     lora: adapters to add to it, as for `Model.set_lora`.
     on_progress: called with the fraction loaded, 0 to 1; returning False cancels.
     Errors: ModelFileError (no such file, damaged, unsupported), AdapterError, Cancelled, GenerationError (not
-    enough memory).
+    enough memory), EngineCrashed.
     """
     path = path_or_name if isinstance(path_or_name, Path) else cards.resolve(path_or_name)
+    if isolated:
+        from edgellm.engine.isolated import IsolatedModel
+
+        return IsolatedModel(path, params or LoadParams(), lora=lora, on_progress=on_progress)
     model = Model(path, params or LoadParams(), on_progress=on_progress)
     try:
         model.set_lora(*lora)
@@ -161,22 +153,26 @@ class Model:
         DraftMismatch, ModelFileError (a draft that was named); Cancelled before the first token; later a cancel ends
         the stream with finish_reason "cancelled".
         """
-        return self._open_stream(self._prompt_ids(prompt), params, draft, on_progress)
+        return self._open_stream(self.prompt_tokens(prompt), params, draft, on_progress)
 
     def chat(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: str = "auto",
         draft: DraftChoice = "auto",
         on_progress: Progress | None = None,
     ) -> Stream:
         """The assistant's answer to OpenAI-shaped messages. What the model has read of them already is reused.
 
+        tools: Python functions, or OpenAI-shaped schemas, that the model may call: the last response has `tool_calls`.
+        tool_choice: "auto", "none", "required" (it must call one), or the name of the one it must call.
         Text in messages never becomes a control token. Errors as in `generate`; also GenerationError where the
-        model has no chat template, or its template refuses the messages.
+        model has no chat template, its template refuses the messages or has no place for tools.
         """
-        return self._open_stream(self.chat_tokens(messages), params, draft, on_progress)
+        return self._open_chat(messages, params, tools, tool_choice, draft, on_progress)
 
     def complete(
         self,
@@ -198,30 +194,43 @@ class Model:
         on_progress: Progress | None = None,
     ) -> AsyncIterator[GenerationResponse]:
         """`generate` for asyncio; every error comes while iterating. Cancelling the task cancels the generation."""
-        return self._iterate_async(lambda: self._prompt_ids(prompt), params, draft, on_progress)
+        return self._iterate_async(
+            lambda task: self._open_stream(self.prompt_tokens(prompt), params, draft, on_progress, task)
+        )
 
     def achat(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Tool] = (),
+        tool_choice: str = "auto",
         draft: DraftChoice = "auto",
         on_progress: Progress | None = None,
     ) -> AsyncIterator[GenerationResponse]:
         """`chat` for asyncio; see `agenerate`."""
-        return self._iterate_async(lambda: self.chat_tokens(messages), params, draft, on_progress)
+        return self._iterate_async(
+            lambda task: self._open_chat(messages, params, tools, tool_choice, draft, on_progress, task)
+        )
 
-    def chat_tokens(self, messages: Messages, *, answer_follows: bool = True) -> list[int]:
+    def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """The token ids that `generate` evaluates for this prompt. GenerationError: empty, not this model's, closed."""
+        self._held.check_open()
+        ids = self._marker.encode(prompt) if isinstance(prompt, str) else plain_ids(prompt)
+        if not ids:
+            raise GenerationError("the prompt is empty; give at least one token")
+        self._vocab.check_ids(ids)
+        return ids
+
+    def chat_tokens(self, messages: Messages, *, tools: Sequence[Tool] = (), answer_follows: bool = True) -> list[int]:
         """The token ids of the prompt that `chat` evaluates for these messages.
 
         answer_follows: False ends where the last message ends, without what introduces an answer.
         """
-        from edgellm.chat.template import check_messages  # with jinja2, which only chats need
+        from edgellm.chat.template import prompt_of  # with jinja2, which only chats need
 
         self._held.check_open()
-        template = self._template
-        checked, mark = self._marker.mark(check_messages(messages), template.source)
-        return self._marker.encode(template.render(checked, answer_follows=answer_follows), mark)
+        return self._marker.encode(*prompt_of(self._template, self._marker, messages, tools, answer_follows))
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, no BOS. special: the text of a control token becomes that token."""
@@ -238,28 +247,18 @@ class Model:
 
         Errors: GenerationError (no tokens, not this model's), ContextFull (more than the model was trained with).
         """
-        self._check_fits_training(len(tokens))
-        with self._held.side_context(n_ctx=max(1, len(tokens)), n_outputs=_LOGIT_ROWS) as context:
-            return context.logits(plain_ids(tokens))
+        from edgellm.engine.vectors import logits
+
+        return logits(self._held, tokens)
 
     def embed(self, texts: str | Sequence[str]) -> FloatMatrix:
         """Embeddings of length 1, pooled as the model says (or the mean): float32 (n_texts, n_embd).
 
         Errors: GenerationError (no texts, an empty text), ContextFull (a text longer than the training context).
         """
-        import numpy as np
+        from edgellm.engine.vectors import embed
 
-        self._held.check_open()
-        texts = [texts] if isinstance(texts, str) else texts
-        if not texts or not all(texts):
-            raise GenerationError("there is nothing to embed; give one or more texts, none of them empty")
-        rows = [self._vocab.tokenize(text, special=False, framed=True) for text in texts]
-        longest = max(map(len, rows))
-        self._check_fits_training(longest)
-        with self._held.side_context(n_ctx=longest, n_batch=longest, n_outputs=longest, embeddings=True) as context:
-            matrix = np.stack([context.embedding(row) for row in rows])
-        norms = np.linalg.norm(matrix, axis=1, keepdims=True)
-        return np.asarray(matrix / np.maximum(norms, 1e-12), np.float32)
+        return embed(self._held, texts)
 
     @property
     def lora(self) -> tuple[tuple[Path, float], ...]:
@@ -299,7 +298,7 @@ class Model:
 
     def cancel(self) -> None:
         """Interrupt what this model is doing, from any thread, also in the middle of a prompt. Nothing = no effect."""
-        self._held.cancel_active()
+        self._turns.cancel_active()
 
     def close(self) -> None:
         """Interrupt what is running and free everything. Any later use raises GenerationError. Twice is fine."""
@@ -309,18 +308,12 @@ class Model:
     def _template(self) -> ChatTemplate:
         from edgellm.chat.template import ChatTemplate, find_template
 
-        vocab = self._vocab
-        return ChatTemplate(
-            find_template(self.metadata), bos_token=vocab.text(vocab.bos), eos_token=vocab.text(vocab.eos)
-        )
+        bos, eos = (self._vocab.text(token) for token in (self._vocab.bos, self._vocab.eos))
+        return ChatTemplate(find_template(self.metadata), bos_token=bos, eos_token=eos)
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        self._held.check_open()
-        ids = self._marker.encode(prompt) if isinstance(prompt, str) else plain_ids(prompt)
-        if not ids:
-            raise GenerationError("the prompt is empty; give at least one token")
-        self._vocab.check_ids(ids)
-        return ids
+    @property
+    def _turns(self) -> Turns:
+        return self._held
 
     def _open_stream(
         self,
@@ -332,19 +325,30 @@ class Model:
     ) -> Stream:
         ticket = Ticket(owner)
         responses = self._take_turn_and_generate(ticket, prompt, params or SamplingParams(), draft, on_progress)
-        return Stream(ticket, responses, self._held.cancel)
+        return Stream(ticket, responses, self._turns.cancel)
 
-    async def _iterate_async(
+    def _open_chat(
         self,
-        encode: Callable[[], list[int]],
+        messages: Messages,
         params: SamplingParams | None,
+        tools: Sequence[Tool],
+        tool_choice: str,
         draft: DraftChoice,
         on_progress: Progress | None,
-    ) -> AsyncIterator[GenerationResponse]:
+        owner: object = None,
+    ) -> Stream:
+        from edgellm.chat.answers import AnswerForm
+
+        tokenize = functools.partial(self.tokenize, special=True)
+        form = AnswerForm(str(self.metadata.get("tokenizer.chat_template")), tools, tool_choice, tokenize)
+        prompt = self.chat_tokens(messages, tools=form.schemas)
+        return self._open_stream(prompt, form.params(params), draft, on_progress, owner).through(form.read)
+
+    async def _iterate_async(self, open_stream: Callable[[object], Stream]) -> AsyncIterator[GenerationResponse]:
         import asyncio
 
         task = asyncio.current_task()
-        async for response in iterate_async(lambda: self._open_stream(encode(), params, draft, on_progress, task)):
+        async for response in iterate_async(lambda: open_stream(task)):
             yield response
 
     def _take_turn_and_generate(
@@ -360,7 +364,11 @@ class Model:
             chooser = sampler if matcher is None else ConstrainedSampler(sampler, matcher)
             is_repeatable = params.seed is not None and params.temperature > 0
             speculator = self._drafts.speculator(draft, matcher, is_repeatable=is_repeatable)
-            yield from stream_generate(self._context, chooser, self._vocab, prompt, params, on_progress, speculator)
+            pieces = self._pieces(params)
+            yield from stream_generate(self._context, chooser, pieces, prompt, params, on_progress, speculator)
+
+    def _pieces(self, params: SamplingParams) -> Pieces:
+        return ShownTokens(self._vocab, params.shown_tokens) if params.shown_tokens else self._vocab
 
     def _matcher(self, params: SamplingParams) -> Matcher | None:
         """Of the answer's form, from its beginning. GenerationError where the form can't be used."""
@@ -388,12 +396,4 @@ class Model:
         from edgellm.engine.parallel import answer_all
 
         with self._held.parallel_context(n_parallel, n_ctx or self.n_ctx) as context:
-            yield from answer_all(context, self._vocab, requests)
-
-    def _check_fits_training(self, n_tokens: int) -> None:
-        self._held.check_open()
-        limit = self._native.n_ctx_train
-        if 0 < limit < n_tokens:
-            raise ContextFull(
-                f"{n_tokens} tokens, but the model was trained with a context of {limit}; shorten the text"
-            )
+            yield from answer_all(context, self._pieces, requests, self._matcher)

@@ -13,8 +13,7 @@ from edgellm.config import LoadParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import Drafts
 from edgellm.engine.stream import Ticket
-from edgellm.engine.turn import Turn
-from edgellm.errors import Cancelled, GenerationError
+from edgellm.engine.turn import Turns
 from edgellm.gguf_header import GGUFHeader
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
@@ -23,7 +22,7 @@ from edgellm.native.parallel import ParallelContext
 AnyContext = TypeVar("AnyContext", Context, ParallelContext)
 
 
-class Resources:
+class Resources(Turns):
     """Weights, adapters, drafts and contexts. One ticket at a time has the turn; `cancel` and `close` act at once."""
 
     def __init__(
@@ -33,60 +32,25 @@ class Resources:
         verify_cost: Mapping[int, float] | None,
         on_progress: Callable[[float], object] | None,
     ) -> None:
+        super().__init__()
         self.params = params
         self.adapters = LoadedAdapters(header)
         self.native = NativeModel(
             header.path, load_mode=params.load_mode, n_gpu_layers=params.n_gpu_layers, on_progress=on_progress
         )
         self.drafts = Drafts(header, self.native, params, verify_cost)
-        self.closed = False
         self._contexts: set[Context | ParallelContext] = set()
-        self._turn = Turn()
-        self._active: Ticket | None = None
-        self._active_lock = threading.RLock()  # re-entrant: the garbage collector may end a stream anywhere
         self._closing = threading.Lock()
 
-    def check_open(self) -> None:
-        if self.closed:
-            raise GenerationError("the model is closed; load it again")
+    def _begin(self) -> None:
+        self.drafts.clear_abort()
+        for context in tuple(self._contexts):
+            context.clear_abort()
 
-    @contextlib.contextmanager
-    def turn_of(self, ticket: Ticket) -> Iterator[None]:
-        """The turn, waited for. GenerationError where it waits for itself or the model closes, Cancelled."""
-
-        def check() -> None:
-            self.check_open()
-            if ticket.cancelled:
-                raise Cancelled("cancelled before the first token")
-
-        self._turn.take(ticket.owner or threading.get_ident(), check)
-        try:
-            with self._active_lock:
-                self._active = ticket
-                self.drafts.clear_abort()
-                for context in tuple(self._contexts):
-                    context.clear_abort()
-            check()
-            yield
-        finally:
-            with self._active_lock:
-                self._active = None
-            self._turn.release()
-
-    def cancel(self, ticket: Ticket) -> None:
-        """Interrupt it if it has the turn; let it give up if it waits."""
-        ticket.cancelled = True
-        with self._active_lock:
-            if self._active is ticket:
-                self.drafts.abort()
-                for context in tuple(self._contexts):
-                    context.abort()
-
-    def cancel_active(self) -> None:
-        """Interrupt whatever has the turn."""
-        with self._active_lock:
-            if self._active is not None:
-                self.cancel(self._active)
+    def _interrupt(self) -> None:
+        self.drafts.abort()
+        for context in tuple(self._contexts):
+            context.abort()
 
     def open_context(self, params: LoadParams, *, n_outputs: int = 1, embeddings: bool = False) -> Context:
         """A context with the adapters in use. Errors: GenerationError (closed, no memory)."""

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
-from edgellm.generation import GenerationResponse
+from edgellm.generation import FinishReason, GenerationResponse, GenerationStats
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: GenerationStats
 
 
 class Ticket:
@@ -41,6 +52,13 @@ class Stream(Iterator[GenerationResponse]):
         self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+    def through(
+        self,
+        change: Callable[[Generator[GenerationResponse, None, None]], Generator[GenerationResponse, None, None]],
+    ) -> Stream:
+        """This stream with its responses changed, in its place."""
+        return Stream(self._ticket, change(self._responses), self._cancel)
 
     def cancel(self) -> None:
         """Interrupt it, from any thread: it ends with the finish reason "cancelled", or raises Cancelled."""
