@@ -19,9 +19,13 @@ sys.modules["converters.convert"].DEFAULT_RECEIPT = "fast"  # type: ignore[attr-
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What was tuned or measured on this machine before must not decide what the tests see, and the other way round."""
+def own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was tuned or measured on this machine before must not decide what the tests see, and the other way round.
+    Nor must a size in the environment, which outdoes that of a terminal: some shells and test runners export it.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        for name in "COLUMNS", "LINES":
+            patch.delenv(name, raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

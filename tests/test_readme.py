@@ -66,7 +66,7 @@ def test_command(command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_slow_commands(tmp_path: Path) -> None:
     needed = [command for command in COMMANDS if command.startswith("edgellm demo") or "work/text.txt" in command]
     needed.insert(1, next(command for command in COMMANDS if "-o work/model.gguf" in command))
