@@ -84,7 +84,8 @@ def test_codes_are_those_of_optimal_brain_quantization(type_name: str) -> None:
         expected[:, j] = np.take_along_axis(choices, np.abs(choices - left[:, j, None]).argmin(1)[:, None], 1)[:, 0]
         inverse = np.linalg.inv(h[j:, j:])
         left[:, j:] -= np.outer((left[:, j] - expected[:, j]) / inverse[0, 0], inverse[0])
-    assert np.isclose(found, expected, atol=1e-6).mean() > 0.97  # a tie broken otherwise changes its row's rest
+    # rows whole, because a tie broken otherwise, which sums in another order do, changes all the rest of its row
+    assert np.isclose(found, expected, atol=1e-6).all(axis=1).mean() > 0.8
 
 
 @pytest.mark.parametrize("type_name", GRIDS)

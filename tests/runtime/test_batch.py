@@ -20,6 +20,7 @@ from edgellm.constraint import Matcher
 from edgellm.engine.parallel import Answer, Request, answer_all
 from edgellm.errors import GenerationError
 from edgellm.native.parallel import Piece
+from tests.runtime.ties import assert_same_but_for_ties
 
 EDGELLM = [sys.executable, "-c", "from edgellm.cli.main import main; main()"]
 
@@ -170,14 +171,6 @@ def test_real_answers_are_those_of_one_at_a_time(model_path: Path) -> None:
         seeded = SamplingParams(max_tokens=8, temperature=1.0, seed=3, repeat_penalty=1.2)
         sampled = list(model.answer_all([Request(i, prompts[0], seeded) for i in range(2)], 2))
     assert sampled[0].token_ids == sampled[1].token_ids != ()
-
-
-def assert_same_but_for_ties(model: edgellm.Model, prompt: list[int], alone: list[int], found: list[int]) -> None:
-    """Kernels depend on how many tokens are evaluated together, which can decide between two candidates."""
-    at = next((i for i, (a, b) in enumerate(zip(alone, found, strict=False)) if a != b), None)
-    if at is not None:
-        logits = model.logits([*prompt, *alone[:at]])[-1]
-        assert abs(float(logits[alone[at]] - logits[found[at]])) < 0.7
 
 
 def edgellm_batch(*arguments: object) -> subprocess.CompletedProcess[bytes]:
