@@ -49,6 +49,7 @@ SLOW = [command for command in COMMANDS if "--calibrate" in command]  # minutes 
 
 
 # the order matters: later commands use what earlier ones made
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command not in (*SETUP, *SLOW)])
 def test_command(command: str, folder: Path) -> None:
     done = shell(command, folder)
@@ -79,6 +80,7 @@ def test_slow_commands(tmp_path: Path) -> None:
     assert 0.97 * 85e6 < (tmp_path / "work" / "small.gguf").stat().st_size <= 85e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example(example: str, folder: Path) -> None:
     done = subprocess.run(

@@ -34,6 +34,7 @@ from tests.oracles.family_cases import CASES
 
 # untied with rows that 256 divides; tied with none; experts; blocks that differ
 MODELS = ("untied", "tied", "qwen2moe-1", "gemma3-1")
+LARGER = MODELS[2:]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def types_of(path: Path) -> dict[str, str]:
     return {name: info.type_name for name, info in read_header(path).tensors.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] if m in LARGER else []) for m in MODELS])
 def test_size(name: str, budgeted: Callable[..., Any], root: Path, tmp_path: Path) -> None:
     least = smallest(budgeted, name)
     klds = []
@@ -116,7 +117,11 @@ def test_size_to_the_byte_whatever_the_receipt(receipt: str, budgeted: Callable[
 
 
 @pytest.mark.parametrize(
-    ("name", "limit"), [("untied", 0.004), ("tied", 0.002), ("qwen2moe-1", 0.002), ("gemma3-1", 0.03)]
+    ("name", "limit"),
+    [
+        ("untied", 0.004),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in [("tied", 0.002), ("qwen2moe-1", 0.002), ("gemma3-1", 0.03)]),
+    ],
 )
 def test_divergence(name: str, limit: float, budgeted: Callable[..., Any], root: Path, tmp_path: Path) -> None:
     receipt = budgeted(name, max_kld=limit)
@@ -183,6 +188,7 @@ def test_pins(budgeted: Callable[..., Any], tmp_path: Path) -> None:
     assert everything.types.keys() == {"Q5_0", "F32"}
 
 
+@pytest.mark.slow
 def test_the_same_again_from_the_cache(
     budgeted: Callable[..., Any], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,10 @@ def test_the_file_has_llama_imatrix_form(collected: Importance, tmp_path: Path) 
     assert tensors["blk.0.ffn_down.weight.counts"].data.tolist() == [[232.0]]
 
 
-@pytest.mark.parametrize("quant", ["Q4_0", "Q5_0", "Q4_1", "Q4_K_M", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q2_K"])
+SLOW = "Q5_0", "Q4_1", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q2_K"
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_bytes_are_llama_cpps_with_the_same_matrix(
     folder: Path, collected: Importance, quant: str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from tests.converters import reference, tiny
 from tests.converters.command import run
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 40), (7, 33)])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 40), pytest.param((7, 33), marks=pytest.mark.slow)])
 def test_nf4_is_bitsandbytes_own(shape: tuple[int, int]) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit

@@ -27,7 +27,10 @@ MODELS: dict[str, dict[str, Any]] = {
 ONE_LAYER = BASE | {"num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if i > 1 else []) for i, name in enumerate(MODELS)],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint folder, its F32 GGUF)."""
     return _make(MODELS[request.param], tmp_path_factory.mktemp("recipes"))

@@ -30,7 +30,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {quant: root / f"{quant}.gguf" for quant in ("F32", "F16", "BF16", "Q4_1", "Q8_0", "Q6_K")}
 
 
-@pytest.mark.parametrize("source", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("source", ["F32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("F16", "BF16"))])
 @pytest.mark.parametrize("quant", ["F16", "Q4_0", "Q4_K_M", "IQ4_XS"])
 def test_unquantized_source_as_llama_model_quantize(
     sources: dict[str, Path], source: str, quant: str, tmp_path: Path

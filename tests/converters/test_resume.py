@@ -43,11 +43,20 @@ def resume(source: Path, out: Path, **options: object) -> tuple[str, ...]:
     return convert(source, out, quant="Q8_0", force=True, resume=True, **options).run_notes  # type: ignore[arg-type]
 
 
+OTHER_MOMENTS = [
+    ("tensor 1", 1), ("tensor 15", 15), ("before finish", None), ("before verify", None), ("before commit", None)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("moment", "n_kept"),
-    [("tensor 0", 0), ("tensor 1", 1), ("tensor 7", 7), ("tensor 15", 15), ("before finish", None),
-     ("after finish", None), ("before verify", None), ("before commit", None)],
-)  # fmt: skip
+    [
+        ("tensor 0", 0),
+        ("tensor 7", 7),
+        ("after finish", None),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in OTHER_MOMENTS),
+    ],
+)
 def test_killed_then_resumed(
     tiny_llama: Path, quiet: bytes, computed: list[str], moment: str, n_kept: int | None, tmp_path: Path
 ) -> None:

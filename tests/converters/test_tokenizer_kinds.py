@@ -65,7 +65,13 @@ def llama_framed(ours: Seen, vocabulary: Vocabulary, text: str) -> list[int]:
     return ours.framed[TEXTS.index(text)]
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS, ids=lambda pre: pre.name)
+COMMON = "smollm", "gpt-2", "llama-bpe", "qwen2", "tekken", "deepseek-v3"
+
+
+@pytest.mark.parametrize(
+    "pre",
+    [pytest.param(pre, id=pre.name, marks=[] if pre.name in COMMON else [pytest.mark.slow]) for pre in PRE_TOKENIZERS],
+)
 def test_every_pre_tokenizer(pre: PreTokenizer, tmp_path: Path) -> None:
     trained.byte_level(tmp_path, pre)
     vocabulary = read_vocabulary(tmp_path, {})

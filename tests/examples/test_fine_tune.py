@@ -27,6 +27,7 @@ def n_right(model: edgellm.Model) -> int:
     return sum(answer.strip() == wanted["content"] for answer, (_, wanted) in zip(answers, DIALOGUES, strict=True))
 
 
+@pytest.mark.slow
 def test_before_and_after(model_path: Path, tmp_path: Path) -> None:
     params = edgellm.LoadParams(n_ctx=512)
     export_adapter(model_path, [(ADAPTER, 1.0)], tmp_path / "lora.gguf")

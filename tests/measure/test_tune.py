@@ -37,6 +37,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_STAGE_S", 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurried")
 def test_everything_is_measured_where_there_is_time(model_path: Path) -> None:
     seen: list[tuple[str, float]] = []

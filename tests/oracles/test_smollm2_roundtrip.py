@@ -14,6 +14,7 @@ from converters.quantize.types import FILE_TYPES
 from tests.converters import reference
 
 
+@pytest.mark.slow
 def test_every_tensor_is_the_dequantized_source(smollm2: Path, smollm2_f32: Path) -> None:
     ours = {t.name: t for t in gguf.GGUFReader(smollm2_f32).tensors}
     source = gguf.GGUFReader(smollm2).tensors
