@@ -120,7 +120,10 @@ def test_size_to_the_byte_whatever_the_receipt(receipt: str, budgeted: Callable[
     ("name", "limit"),
     [
         ("untied", 0.004),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in [("tied", 0.002), ("qwen2moe-1", 0.002), ("gemma3-1", 0.03)]),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [("tied", 0.002), ("qwen2moe-1", 0.002), ("gemma3-1", 0.03)]
+        ),
     ],
 )
 def test_divergence(name: str, limit: float, budgeted: Callable[..., Any], root: Path, tmp_path: Path) -> None:

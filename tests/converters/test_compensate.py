@@ -89,7 +89,8 @@ def test_codes_are_those_of_optimal_brain_quantization(type_name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "type_name", [pytest.param(name, marks=[] if name in ("Q4_0", "Q4_K", "IQ4_NL") else [pytest.mark.slow]) for name in GRIDS]
+    "type_name",
+    [pytest.param(name, marks=[] if name in ("Q4_0", "Q4_K", "IQ4_NL") else [pytest.mark.slow]) for name in GRIDS],
 )
 def test_sweeps_never_lose_and_end_where_no_step_gains(type_name: str) -> None:
     weights, fitted = weights_of(24, 512), fit(gram_of(correlated(3000, 512)))

@@ -81,7 +81,9 @@ def earlier(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes
     return out.read_bytes()
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] if i % 3 else []) for i, m in enumerate(MOMENTS)])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=[pytest.mark.slow] if i % 3 else []) for i, m in enumerate(MOMENTS)]
+)
 def test_killed(tiny_llama: Path, earlier: bytes, moment: str, tmp_path: Path) -> None:
     out, partial = tmp_path / "out.gguf", tmp_path / "out.gguf.partial"
     out.write_bytes(earlier)
