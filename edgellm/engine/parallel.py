@@ -147,7 +147,7 @@ class _Batch:
             matcher = self._matcher_of(request.params)
         except GenerationError as exc:
             return Answer(request.key, prompt_tokens=len(request.prompt), error=str(exc))
-        sequence = self._free.pop()
+        self._free.remove(sequence := min(self._free))
         donor, n = None, 0
         for other in self.running if self._sequences.can_share else ():
             shared = min(_shared(other.request.prompt, request.prompt), other.n_past, len(request.prompt) - 1)
@@ -169,7 +169,8 @@ class _Batch:
                 whole = len(tokens) == len(run.pending)
                 taken.append((run, Piece(run.sequence, run.n_past, tokens, whole)))
                 room -= len(tokens)
-        self._decode([piece for _, piece in taken])
+        # llama.cpp evaluates only neighbours together: sequences whose numbers follow one another, in that order
+        self._decode(sorted((piece for _, piece in taken), key=lambda piece: piece.sequence))
         for run, piece in taken:
             run.n_past += len(piece.tokens)
             del run.pending[: len(piece.tokens)]

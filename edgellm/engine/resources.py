@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
-from edgellm.config import LoadParams
+from edgellm.config import DEFAULT_N_BATCH, LoadParams
 from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import Drafts
 from edgellm.engine.stream import Ticket
@@ -85,7 +85,7 @@ class Resources(Turns):
     def parallel_context(self, n_sequences: int, n_ctx: int) -> AbstractContextManager[ParallelContext]:
         """A context for one call, for n_sequences of n_ctx tokens each, at most what the model was trained with."""
         each = min(n_ctx, self.native.n_ctx_train or n_ctx)
-        n_batch = max(n_sequences, self.params.n_batch or 0)
+        n_batch = max(n_sequences, self.params.n_batch or DEFAULT_N_BATCH)
         params = replace(self.params, n_ctx=each * n_sequences, n_batch=n_batch)
         return self._for_one_call(lambda: ParallelContext(self.native, params, n_sequences))
 

@@ -97,7 +97,8 @@ def _own_text(model: Model, n_ctx: int, n_chunks: int, seed: int, on_progress: O
             )
             yield Request(len(starts) - 1, starts[-1], params)
 
-    for answer in model.answer_all(requests(), _N_PARALLEL, n_ctx=_RUN + len(bos) + 2):
+    n_parallel = min(_N_PARALLEL, -(-wanted // _RUN))
+    for answer in model.answer_all(requests(), n_parallel, n_ctx=_RUN + len(bos) + 2):
         assert isinstance(answer.key, int)
         written[answer.key] = starts[answer.key] + list(answer.token_ids)
         n_done += len(written[answer.key])

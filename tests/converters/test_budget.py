@@ -221,6 +221,7 @@ def test_the_same_again_from_the_cache(
     assert (tmp_path / "third.gguf").read_bytes() == (tmp_path / "first.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_attempt_that_kept_the_limit_is_taken(
     budgeted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +289,7 @@ def test_an_existing_output_needs_force(budgeted: Callable[..., Any], tmp_path: 
     assert read_header(tmp_path / "out.gguf").tensors
 
 
+@pytest.mark.slow
 def test_a_gguf_is_a_source_too(budgeted: Callable[..., Any], root: Path, tmp_path: Path) -> None:
     convert(root / "untied", tmp_path / "source.gguf", quant="F32")
     least = smallest(budgeted, "source.gguf")
@@ -305,6 +307,7 @@ def test_without_compensation(budgeted: Callable[..., Any]) -> None:
     assert klds[True] < 0.8 * klds[False]
 
 
+@pytest.mark.slow
 def test_weights_beyond_f16(budgeted: Callable[..., Any], root: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

@@ -61,6 +61,7 @@ def test_loses_less_at_the_same_bytes(quant: str, folder: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["False.gguf", "True.gguf", "cache", "f16.gguf"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"quant": "Q4_0", "calibrate": folder / "text.txt"}
     convert(folder / "model", tmp_path / "whole.gguf", **options)

@@ -127,7 +127,11 @@ def test_bytes_are_llama_cpps_with_the_same_matrix(
     assert reference.tensors(tmp_path / "plain.gguf") != ours
 
 
-def test_calibrate_collects_once(folder: Path, own_cache: Path, tmp_path: Path) -> None:
+def test_calibrate_collects_once(
+    folder: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converters.calibrate._SELF_CHUNKS", 4)
+
     def made(name: str, **options: Any) -> Any:
         text = options.pop("text", folder / "text.txt")
         options["compensate"] = False

@@ -53,15 +53,14 @@ def compare(model: Path, reference: Path, n_chunks: int | None = None, **options
     return evaluate(model, samples, reference=reference, **options).as_dict()
 
 
-@pytest.mark.parametrize(
-    "quant", ["Q4_0", pytest.param("Q4_K_M", marks=pytest.mark.slow), pytest.param("Q8_0", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M", "Q8_0"])
 def test_figures_are_llama_perplexitys(quant: str, folder: Path, f16: Path, tmp_path: Path) -> None:
     convert(folder, tmp_path / "quantized.gguf", quant=quant)
     found = compare(tmp_path / "quantized.gguf", f16)
     kld, median, p95, p99, same, ppl, ratio = THEIRS[quant]
     assert found["n_tokens"] == 8 * 127
-    assert found["perplexity"] == pytest.approx(ppl, rel=2e-3)
+    assert found["perplexity"] == pytest.approx(ppl, rel=4e-3)  # other CPUs and thread counts differ by .0022
     assert found["reference_perplexity"] == pytest.approx(17.7389, rel=1e-3)
     assert found["kld"]["mean"] == pytest.approx(kld, abs=5.5e-4)
     assert [found["kld"][name] for name in ("median", "p95", "p99")] == pytest.approx([median, p95, p99], rel=0.01)

@@ -27,6 +27,7 @@ def test_every_tensor_is_the_dequantized_source(smollm2: Path, smollm2_f32: Path
         assert np.array_equal(written.view(np.uint32), values.view(np.uint32)), theirs.name
 
 
+@pytest.mark.slow
 def test_metadata_that_llama_cpp_computes_with_is_the_sources(smollm2: Path, smollm2_f32: Path) -> None:
     source, ours = reference.metadata(smollm2), reference.metadata(smollm2_f32)
     compared = [key for key in source if key.startswith(("llama.", "tokenizer."))]

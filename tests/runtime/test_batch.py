@@ -60,6 +60,8 @@ class Scripted:
 
     def decode(self, pieces: Sequence[Piece]) -> None:
         assert 0 < sum(len(piece.tokens) for piece in pieces) <= self.n_batch
+        numbers = [piece.sequence for piece in pieces]
+        assert numbers == sorted(numbers)  # llama.cpp evaluates one by one what isn't in order
         self.widths.append(len(pieces))
         self.chosen = {}
         for piece in pieces:
@@ -156,6 +158,21 @@ def test_a_long_prompt_is_read_in_pieces_while_others_write() -> None:
     assert len(found["a"].token_ids) == 9
     assert found["b"].token_ids == (51, 52)
     assert scripted.widths[1:4] == [2, 2, 2]
+
+
+def test_the_first_sequences_are_used_first() -> None:
+    scripted = Scripted(4)
+    assert len(list(answer_all(scripted, lambda _: scripted, [request(i, [190]) for i in range(2)]))) == 2
+    assert list(scripted.matchers) == [0, 1]
+
+
+def test_prompts_are_read_in_batches_of_the_models_size(model_path: Path) -> None:
+    for asked, n_ctx, n_batch in ((None, 1024, 512), (64, 1024, 64), (2, 1024, 4), (None, 32, 128)):
+        with (
+            edgellm.load(model_path, LoadParams(n_ctx=64, n_batch=asked)) as model,
+            model._held.parallel_context(4, n_ctx) as context,
+        ):
+            assert context.n_batch == n_batch
 
 
 def test_real_answers_are_those_of_one_at_a_time(model_path: Path) -> None:
