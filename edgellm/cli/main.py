@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 bad input file, 4 budget unreachable, 1
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from typing import Annotated
@@ -12,34 +13,32 @@ from typing import Annotated
 import typer
 
 import edgellm
-from edgellm.cli.batch import batch
-from edgellm.cli.bench import bench
-from edgellm.cli.chat import chat
 from edgellm.cli.console import INTERRUPTED, report
-from edgellm.cli.convert import convert
-from edgellm.cli.demo import demo
-from edgellm.cli.doctor import doctor
-from edgellm.cli.draft import draft
-from edgellm.cli.eval import evaluate
-from edgellm.cli.inspect import inspect
-from edgellm.cli.models import models
-from edgellm.cli.run import run
-from edgellm.cli.tune import tune
 
-app = typer.Typer(
-    name="edgellm",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain help and errors: rich is loaded only by commands that draw with it
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (convert, chat, run, batch, draft, inspect, models, tune, bench, doctor, demo):
-    app.command()(command)
-app.command("eval")(evaluate)
+# by name; the function stands in the module of that name
+COMMANDS = {
+    "convert": "convert", "chat": "chat", "run": "run", "batch": "batch", "draft": "draft", "inspect": "inspect",
+    "models": "models", "tune": "tune", "bench": "bench", "doctor": "doctor", "demo": "demo", "eval": "evaluate",
+}  # fmt: skip
 
 
-@app.callback()
+def app_for(arguments: list[str]) -> typer.Typer:
+    """With the command that is asked for, or where none is, with all: making all takes longer than starting."""
+    app = typer.Typer(
+        name="edgellm",
+        no_args_is_help=True,
+        add_completion=False,
+        suggest_commands=False,  # click does
+        rich_markup_mode=None,  # plain help and errors: rich is loaded only by commands that draw with it
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(edgellm_command)
+    for name in arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS:
+        app.command(name)(getattr(importlib.import_module(f"edgellm.cli.{name}"), COMMANDS[name]))
+    return app
+
+
 def edgellm_command(
     version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log, also of llama.cpp.")] = False,
@@ -61,7 +60,7 @@ def run_command(arguments: list[str]) -> int:
     if debug:
         logging.basicConfig(stream=sys.stderr, level=logging.DEBUG)
     try:
-        app(arguments, prog_name="edgellm")
+        app_for(arguments)(arguments, prog_name="edgellm")
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else 1
     except KeyboardInterrupt:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -92,16 +95,33 @@ def read_schema(path: Path | None) -> str | None:
         raise TextError(f"cannot use the schema {path}: {exc}") from exc
 
 
-def open_model(name: str | None, params: LoadParams, lora: list[str] | None = None) -> Model:
-    """Load with a percentage on the terminal. Cancelled on Ctrl-C."""
+def open_model(name: str | None, params: LoadParams, lora: list[str] | None = None, *, for_chat: bool = True) -> Model:
+    """Load with a percentage on the terminal. Cancelled on Ctrl-C.
+
+    for_chat: what chats need is imported on the way, while native code reads the weights.
+    """
     from edgellm.cli.console import percentage
     from edgellm.engine.model import load
 
     try:
         adapters = [path_and_number(text) for text in lora or ()]
-        return load(name, params, lora=adapters, on_progress=percentage("loading"))
+        show = percentage("loading")
+        return load(name, params, lora=adapters, on_progress=_while_importing(show) if for_chat else show)
     except KeyboardInterrupt:
         raise Cancelled("loading was cancelled") from None
+
+
+def _while_importing(on_progress: Callable[[float], None]) -> Callable[[float], None]:
+    """That callback; at the first call, from native code, an import begins on a thread of its own."""
+    begun: list[threading.Thread] = []
+
+    def progress(fraction: float) -> None:
+        if not begun:
+            begun.append(threading.Thread(target=importlib.import_module, args=("edgellm.chat.template",), daemon=True))
+            begun[0].start()
+        on_progress(fraction)
+
+    return progress
 
 
 def path_and_number(text: str) -> tuple[Path, float]:

@@ -59,7 +59,7 @@ def run(
     params = options.load_params(n_ctx, threads, load_mode, kv_type, flash_attn)
     options.check_sampling(given)
     text = _whole_prompt(prompt)
-    with options.open_model(model, params, lora) as loaded:
+    with options.open_model(model, params, lora, for_chat=not raw) as loaded:
         sampling = options.sampling_params(loaded.path, SamplingParams(), given)
         stream = _open_stream(loaded, text, system, raw, sampling, draft)
         try:

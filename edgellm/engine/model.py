@@ -20,7 +20,7 @@ from edgellm.config import LoadParams, SamplingParams
 from edgellm.engine.adapters import Lora
 from edgellm.engine.drafts import N_OUTPUTS
 from edgellm.engine.memory import check_fits
-from edgellm.engine.resources import Resources
+from edgellm.engine.resources import Resources, in_background
 from edgellm.engine.stream import Completion, Stream, Ticket, iterate_async
 from edgellm.engine.tuned import settings_in_force, settle, tuning_for
 from edgellm.errors import GenerationError
@@ -85,13 +85,13 @@ class Model:
         tuning = tuning_for(path) if params.tuned else None
         params = settle(params, tuning)
         check_fits(header, params)
-        self.path = path
-        self.params = params
+        self.path, self.params = path, params
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
         self._held = Resources(header, params, tuning.verify_cost if tuning else None, on_progress)
         self._native, self._drafts = self._held.native, self._held.drafts
         self._vocab = self._native.vocab
         self._marker = ControlMarker(self._vocab)
+        in_background(lambda: self._vocab.control_tokens)  # for a chat, while native code works
         try:
             self._context = self._held.open_context(params, n_outputs=N_OUTPUTS)
         except BaseException:

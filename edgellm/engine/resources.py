@@ -14,6 +14,7 @@ from edgellm.engine.adapters import LoadedAdapters, Lora
 from edgellm.engine.drafts import Drafts
 from edgellm.engine.stream import Ticket
 from edgellm.engine.turn import Turns
+from edgellm.errors import GenerationError
 from edgellm.gguf_header import GGUFHeader
 from edgellm.native.context import Context
 from edgellm.native.model import NativeModel
@@ -107,3 +108,13 @@ class Resources(Turns):
             self._contexts.clear()
             self.drafts.close()
             self.native.close()
+
+
+def in_background(work: Callable[[], object]) -> None:
+    """Do what may fail on a thread of its own, which doesn't keep the process alive; nobody hears of a failure."""
+
+    def do() -> None:
+        with contextlib.suppress(GenerationError):
+            work()
+
+    threading.Thread(target=do, daemon=True).start()

@@ -65,7 +65,7 @@ def test_figures_are_llama_perplexitys(quant: str, folder: Path, f16: Path, tmp_
     assert found["kld"]["mean"] == pytest.approx(kld, abs=5.5e-4)
     assert [found["kld"][name] for name in ("median", "p95", "p99")] == pytest.approx([median, p95, p99], rel=0.01)
     assert found["same_top"] == pytest.approx(same, abs=3e-3)
-    assert found["ppl_ratio"] == pytest.approx(ratio, rel=2.5e-3)
+    assert found["ppl_ratio"] == pytest.approx(ratio, rel=4e-3)
     error = {"Q4_0": 0.010506, "Q4_K_M": 0.003145, "Q8_0": 0.000185}[quant]
     assert found["errors"]["kld"]["mean"] == pytest.approx(error, rel=0.03)
 
