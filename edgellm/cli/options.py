@@ -98,7 +98,7 @@ def read_schema(path: Path | None) -> str | None:
 def open_model(name: str | None, params: LoadParams, lora: list[str] | None = None, *, for_chat: bool = True) -> Model:
     """Load with a percentage on the terminal. Cancelled on Ctrl-C.
 
-    for_chat: what chats need is imported on the way, while native code reads the weights.
+    for_chat: what chats need is imported on the way, while native code works.
     """
     from edgellm.cli.console import percentage
     from edgellm.engine.model import load
@@ -106,20 +106,21 @@ def open_model(name: str | None, params: LoadParams, lora: list[str] | None = No
     try:
         adapters = [path_and_number(text) for text in lora or ()]
         show = percentage("loading")
-        return load(name, params, lora=adapters, on_progress=_while_importing(show) if for_chat else show)
+        return load(name, params, lora=adapters, on_progress=_then_importing(show) if for_chat else show)
     except KeyboardInterrupt:
         raise Cancelled("loading was cancelled") from None
 
 
-def _while_importing(on_progress: Callable[[float], None]) -> Callable[[float], None]:
-    """That callback; at the first call, from native code, an import begins on a thread of its own."""
-    begun: list[threading.Thread] = []
+def _then_importing(on_progress: Callable[[float], None]) -> Callable[[float], None]:
+    """That callback; once the weights are read, an import begins beside the native code that makes the context.
+
+    Not before: each callback would wait for the import to let go of the interpreter.
+    """
 
     def progress(fraction: float) -> None:
-        if not begun:
-            begun.append(threading.Thread(target=importlib.import_module, args=("edgellm.chat.template",), daemon=True))
-            begun[0].start()
         on_progress(fraction)
+        if fraction >= 1:
+            threading.Thread(target=importlib.import_module, args=("edgellm.chat.template",), daemon=True).start()
 
     return progress
 
