@@ -83,11 +83,11 @@ class Model:
     def __init__(self, path: Path, params: LoadParams, *, on_progress: Progress | None = None) -> None:
         header = check_loadable(path)
         tuning = tuning_for(path) if params.tuned else None
-        params = settle(params, tuning)
+        asked, params = params, settle(params, tuning)
         check_fits(header, params)
         self.path, self.params = path, params
         self.metadata: Mapping[str, Any] = MappingProxyType(header.metadata)
-        self._held = Resources(header, params, tuning.verify_cost if tuning else None, on_progress)
+        self._held = Resources(header, asked, params, tuning.verify_cost if tuning else None, on_progress)
         self._native, self._drafts = self._held.native, self._held.drafts
         self._vocab = self._native.vocab
         self._marker = ControlMarker(self._vocab)

@@ -13,9 +13,11 @@ import pytest
 import edgellm
 from edgellm.catalog.partners import fingerprint
 from edgellm.config import LoadParams
-from edgellm.engine import tuned
+from edgellm.engine import resources, tuned
+from edgellm.engine.parallel import Request
 from edgellm.engine.tuned import Attention, Tuning, forget, save, settle, tuning_file, tuning_for
 from edgellm.gguf_metadata import set_entry
+from edgellm.native.parallel import ParallelContext
 
 FOUND = Tuning(
     n_threads=1,
@@ -168,6 +170,22 @@ def test_load_uses_it_and_says_so(model_path: Path) -> None:
     with edgellm.load(model_path, LoadParams(n_ctx=256, tuned=False)) as model:
         assert model.settings["tuned"] is False
         assert (model.settings["kv_type"], model.settings["load_mode"]) == ("f16", "repack")
+
+
+def test_many_at_once_have_the_attention_that_was_asked_for(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(model_path, FOUND)
+    made: list[LoadParams] = []
+
+    def make(native: object, params: LoadParams, n_sequences: int) -> ParallelContext:
+        made.append(params)
+        return ParallelContext(native, params, n_sequences)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(resources, "ParallelContext", make)
+    for asked in (LoadParams(n_ctx=64), LoadParams(n_ctx=64, kv_type="f32")):
+        with edgellm.load(model_path, asked) as model:
+            request = Request(0, model.tokenize("Hello"), edgellm.SamplingParams(max_tokens=2))
+            assert [answer.error for answer in model.answer_all([request], 2)] == [""]
+    assert [(p.kv_type, p.flash_attn, p.n_threads) for p in made] == [(None, None, 1), ("f32", None, 1)]
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(
