@@ -15,8 +15,8 @@ from edgellm.speculation.drafts import Proposal
 
 MAX_DRAFT = 24
 
-# Steps that one evaluation of n tokens costs, before anything is measured: a cautious middle of several types' curves.
-_USUAL = {1: 1.0, 2: 1.35, 4: 1.6, 8: 2.2, 16: 3.2, 32: 5.5}
+# Steps that one evaluation of n tokens costs, before anything is measured: as on two cores, where it costs much.
+_USUAL = {1: 1.0, 2: 1.5, 4: 2.2, 8: 3.4, 16: 5.2, 32: 9.0}
 _CAREFUL = {1: 1.0, 2: 1.7, 4: 2.4, 8: 3.8, 16: 6.0, 32: 11.0}  # where nothing will be measured: a slow machine's
 _CAREFUL_GUESS = 0.3  # steps
 _KEPT = 9  # latest measurements of each kind
@@ -24,7 +24,7 @@ _STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
 _FORGETS = 0.97  # weight of older checks with each new one
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2.0  # a new source is tried
-_GAIN = 1.03  # less isn't worth the risk of a wrong estimate
+_GAIN = 1.05  # less isn't worth the risk: the best of several estimates is mostly too good
 _FOR_PROBES = 0.01  # share of the time that may go into trying again what didn't pay
 _PROBE = 2  # guesses of such a trial
 
@@ -43,6 +43,7 @@ class Depth:
             curve = _CAREFUL
         self._steps: deque[float] = deque(maxlen=_KEPT)  # seconds of plain steps
         self._checks: dict[int, deque[float]] = {}  # number of tokens → costs in plain steps
+        self._off: deque[float] = deque(maxlen=_KEPT)  # latest costs of any number of tokens, as shares of the curve's
         self._curve = dict(_USUAL if curve is None else {1: 1.0, **curve})
         self._sources: dict[str, _Source] = {}
         self._for_probes = 0.0  # seconds
@@ -83,18 +84,23 @@ class Depth:
         # a machine that is busy meanwhile can show any cost; n tokens together never cost more than n alone
         cost = min(seconds / self._step_seconds, n + 1.0)
         self._checks.setdefault(n + 1, deque(maxlen=_KEPT)).append(cost)
+        self._off.append(cost / _between(self._curve, n + 1))
         if source.probes:
             self._for_probes -= max(0.0, seconds + draft_seconds - (n_accepted + 1) * self._step_seconds)
             source.probes = False
 
     def cost(self, n_tokens: int) -> float:
-        """Of evaluating n_tokens together, in plain steps: as measured, or by the curve through what was."""
+        """Of evaluating n_tokens together, in plain steps: as measured, or by the curve through what was.
+
+        Where there are few measurements, the curve is taken to be as wrong as it was lately for any number of tokens.
+        """
         expected = _between(self._curve, n_tokens)
         near = min(self._checks, key=lambda n: abs(n - n_tokens), default=None)
         if near is None:
             return expected
         there = _between(self._curve, near)
-        return expected * median([*self._checks[near], *[there] * _TRUST]) / there
+        everywhere = median([*self._off, *[1.0] * _TRUST])
+        return expected * median([*self._checks[near], *[there * everywhere] * _TRUST]) / there
 
     @property
     def _step_seconds(self) -> float:
