@@ -24,6 +24,7 @@ _STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
 _FORGETS = 0.97  # weight of older checks with each new one
 _PRIOR, _PRIOR_WEIGHT = 0.7, 2.0  # a new source is tried
+_PRIOR_OF_COSTLY = 0.85  # and one whose guesses cost something: nobody gives a bad one by mistake
 _GAIN = 1.05  # less isn't worth the risk: the best of several estimates is mostly too good
 _FOR_PROBES = 0.01  # share of the time that may go into trying again what didn't pay
 _PROBE = 2  # guesses of such a trial
@@ -48,11 +49,11 @@ class Depth:
         self._sources: dict[str, _Source] = {}
         self._for_probes = 0.0  # seconds
 
-    def choose(self, source: str, most: int) -> int:
-        """How many guesses of the source to check; at most `most`."""
+    def choose(self, source: str, most: int, *, is_free: bool = True) -> int:
+        """How many guesses of the source to check; at most `most`. is_free: guessing itself costs next to nothing."""
         if len(self._steps) < _STEPS_FIRST:
             return 0
-        known = self._sources.setdefault(source, _Source())
+        known = self._sources.setdefault(source, _Source(_PRIOR if is_free else _PRIOR_OF_COSTLY))
         most = min(most, MAX_DRAFT)
         best = max(range(1, most + 1), key=lambda k: self._gain(known, k), default=0)
         if best and self._gain(known, best) >= _GAIN:
@@ -119,8 +120,8 @@ class Depth:
 
 
 class _Source:
-    def __init__(self) -> None:
-        self.right, self.wrong = _PRIOR * _PRIOR_WEIGHT, (1 - _PRIOR) * _PRIOR_WEIGHT
+    def __init__(self, prior: float = _PRIOR) -> None:
+        self.right, self.wrong = prior * _PRIOR_WEIGHT, (1 - prior) * _PRIOR_WEIGHT
         self.seconds_per_guess = 0.0
         self.probes = False  # it was chosen though it doesn't pay, to see whether it does by now
 

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from edgellm.gguf_header import GGUFHeader
     from edgellm.native.context import Context
 
-_UNSURE = 0.4  # guessing ends at a token the draft itself gives less
+_UNSURE = 0.6  # guessing ends at a token the draft itself gives less
 _LOOKBACK = 256  # tokens the draft reads when it has missed more: reading all can cost more than it brings
-_FEW = 4  # tokens that are read in each round anyway
+_FEW = 32  # tokens that other drafts' right guesses leave to be read: a part of what a guess costs
 _SIZE_DIFFERENCE = 128  # rows that vocabularies of one family are padded with
 
 

@@ -70,7 +70,7 @@ class Speculator:
 
     def _first_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
         for draft in drafts:
-            k = self.depth.choose(draft.name, most)
+            k = self.depth.choose(draft.name, most, is_free=False)
             proposal = draft.propose(history, k) if k else NOTHING
             if proposal.tokens:
                 return proposal
