@@ -34,7 +34,7 @@ def app_for(arguments: list[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(edgellm_command)
-    for name in arguments[:1] if arguments[:1] and arguments[0] in COMMANDS else COMMANDS:
+    for name in arguments[:1] if arguments and arguments[0] in COMMANDS else COMMANDS:
         app.command(name)(getattr(importlib.import_module(f"edgellm.cli.{name}"), COMMANDS[name]))
     return app
 

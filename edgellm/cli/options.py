@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -117,10 +116,12 @@ def _then_importing(on_progress: Callable[[float], None]) -> Callable[[float], N
     Not before: each callback would wait for the import to let go of the interpreter.
     """
 
+    from edgellm.engine.resources import in_background
+
     def progress(fraction: float) -> None:
         on_progress(fraction)
         if fraction >= 1:
-            threading.Thread(target=importlib.import_module, args=("edgellm.chat.template",), daemon=True).start()
+            in_background(lambda: importlib.import_module("edgellm.chat.template"))
 
     return progress
 
