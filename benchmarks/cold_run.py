@@ -68,6 +68,9 @@ def main() -> None:
     model = options.model or resolve(None)
     result: dict[str, object] = {"benchmark": "cold_run", "model": model.name}
     for mode in ("repack", "mmap"):
+        if subprocess.run([sys.executable, "-c", PACKAGE + LEAST, str(model), mode], capture_output=True).returncode:
+            print(f"--load-mode {mode}: the bare bindings crash here (see `edgellm doctor`), so there is no comparison")
+            continue
         commands = {
             "edgellm run": [*COMMAND, "run", str(model), "hi", "-n", "8", "--load-mode", mode],
             "bare bindings": [sys.executable, "-c", PACKAGE + LEAST, str(model), mode],

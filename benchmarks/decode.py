@@ -28,6 +28,9 @@ from llama_cpp import llama_cpp as lib
 import edgellm
 from edgellm.catalog.cards import resolve
 from edgellm.config import physical_cpu_count
+from edgellm.native import library
+
+library.load()  # before the bare ones: where AMX crashes, this is what keeps ggml from it
 
 PROMPT = "Once upon a time, in a village by the sea, there lived an old clockmaker who"
 N_CTX = 1024

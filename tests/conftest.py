@@ -11,6 +11,10 @@ import pytest
 
 import converters  # noqa: F401 - its module `convert`, behind the function of that name
 import edgellm
+from edgellm.native import library
+
+# before torch and any bare use of the bindings as an oracle: where AMX crashes, this is what keeps ggml from it
+library.load()
 
 N_CTX = 1024
 

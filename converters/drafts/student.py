@@ -14,6 +14,7 @@ from converters.drafts.prune import complete_config, family_of
 from converters.forward.rotation import query_scale, rotated_size, rotation
 from converters.sources import Source
 from edgellm.errors import CheckpointError
+from edgellm.native import library
 
 Tensor: TypeAlias = Any  # torch.Tensor, which can't be named without importing torch
 _EMBEDDING = "embed_tokens.weight"
@@ -21,6 +22,7 @@ _EMBEDDING = "embed_tokens.weight"
 
 def need_torch() -> None:
     """CheckpointError with what to install where torch is missing."""
+    library.load()  # first: torch may ask Linux for AMX, which some builds of llama.cpp must not get (native.amx)
     try:
         import torch  # noqa: F401
     except ImportError as exc:

@@ -38,6 +38,7 @@ _NEEDED = {
     "llguidance": "llguidance",
 }
 _BUILD_IT = "pip install --force-reinstall --no-deps --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+_AMX = "AMX_INT8"
 _BUSY = 0.5  # cores: ggml's threads wait for each other, so that one busy core slows all of them
 
 
@@ -129,15 +130,22 @@ def _about_install(found: Found) -> list[Advice]:
 
 def _about_features(build: Build, machine: Machine) -> list[Advice]:
     """What the CPU has and the build doesn't use."""
-    unused = [name for name in machine.features if name not in build.features]
-    if not unused:
-        return []
-    return [
-        Advice(
-            f"this CPU has {', '.join(unused)}, which llama.cpp was built without: reading prompts is slower than it "
-            f"could be; build it for this CPU: {_BUILD_IT}"
+    advice = []
+    if unused := [name for name in machine.features if name not in build.features]:
+        advice.append(
+            Advice(
+                f"this CPU has {', '.join(unused)}, which llama.cpp was built without: reading prompts is slower than "
+                f"it could be; build it for this CPU: {_BUILD_IT}"
+            )
         )
-    ]
+    if build.amx_is_broken and _AMX in machine.features:
+        advice.append(
+            Advice(
+                "llama.cpp was built by a GCC that breaks its code for AMX, so edgellm does without, and reads prompts "
+                f"slower; build it with clang 16 or GCC 14: CC=clang CXX=clang++ {_BUILD_IT}"
+            )
+        )
+    return advice
 
 
 def _about_gpu(build: Build, machine: Machine) -> list[Advice]:

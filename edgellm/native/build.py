@@ -17,7 +17,10 @@ from edgellm.errors import EdgeLLMError
 
 @dataclass(frozen=True)
 class Build:
-    """features: what it was compiled with for the CPU, and its own options, by ggml's names (AVX2, REPACK …)."""
+    """features: what it was compiled with for the CPU, and its own options, by ggml's names (AVX2, REPACK …).
+
+    amx_is_broken: its code for AMX would crash, so edgellm does without (see `native.amx`).
+    """
 
     python_package: str
     llama_cpp: str
@@ -26,6 +29,7 @@ class Build:
     gpu_offload: bool
     mmap: bool
     mlock: bool
+    amx_is_broken: bool
 
 
 def find_build(timeout: float = 60) -> Build:
@@ -61,7 +65,7 @@ def read_features(system_info: str) -> tuple[str, ...]:
 
 
 def _this_build() -> Build:
-    from edgellm.native import library
+    from edgellm.native import amx, cpu_device, library
 
     lib = library.load()
     return Build(
@@ -72,6 +76,7 @@ def _this_build() -> Build:
         gpu_offload=bool(lib.llama_supports_gpu_offload()),
         mmap=bool(lib.llama_supports_mmap()),
         mlock=bool(lib.llama_supports_mlock()),
+        amx_is_broken=amx.is_miscompiled(cpu_device.folder(lib)),
     )
 
 

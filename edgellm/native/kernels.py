@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from edgellm.config import physical_cpu_count
 from edgellm.errors import EdgeLLMError
 from edgellm.gguf_header import GGML_TYPES
-from edgellm.native import library
+from edgellm.native import cpu_device, library
 from edgellm.native.ggml import F32, base_library, quantize_rows, row_bytes
 from edgellm.native.undisturbed import undisturbed
 
@@ -46,7 +46,6 @@ _N_GRAPHS = 16  # the copies are run in parts: a shorter run is more likely to b
 _N_OUTPUTS = 8  # results that are kept: one slot for each of eight products in turn
 _ALIGNMENT = 64
 
-_CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 _LOAD_COLUMNS = 512  # what llama.cpp asks with when it chooses the buffer type
 
 
@@ -66,10 +65,8 @@ _BASE_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_new_graph_custom": (c_void_p, (c_void_p, c_size_t, c_bool)),
     "ggml_build_forward_expand": (None, (c_void_p, c_void_p)),
     "ggml_backend_dev_init": (c_void_p, (c_void_p, c_char_p)),
-    "ggml_backend_dev_backend_reg": (c_void_p, (c_void_p,)),
     "ggml_backend_dev_buffer_type": (c_void_p, (c_void_p,)),
     "ggml_backend_dev_supports_op": (c_bool, (c_void_p, c_void_p)),
-    "ggml_backend_reg_get_proc_address": (c_void_p, (c_void_p, c_char_p)),
     "ggml_backend_free": (None, (c_void_p,)),
     "ggml_backend_graph_compute": (c_int, (c_void_p, c_void_p)),
     "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
@@ -182,7 +179,7 @@ def products(
 
     EdgeLLMError: not enough memory.
     """
-    lib, device = _library(), _cpu_device()
+    lib, device = _library(), cpu_device.find(library.load())
     buffer_type = _buffer_type(device, weight, repack)
     with ExitStack() as stack:
         backend = _owned(stack, lib.ggml_backend_free, lib.ggml_backend_dev_init(device, None))
@@ -250,45 +247,18 @@ def _library() -> Any:
     return lib
 
 
-@cache
-def _cpu_device() -> int:
-    bindings = library.load()
-    registry = bindings.load_shared_library("ggml", Path(bindings.__file__).parent / "lib")
-    registry.ggml_backend_dev_by_type.restype = c_void_p
-    registry.ggml_backend_dev_by_type.argtypes = (c_int,)
-    device = registry.ggml_backend_dev_by_type(_CPU_DEVICE)
-    if not device:
-        raise EdgeLLMError("this build of llama.cpp has no CPU backend; reinstall it: pip install llama-cpp-python")
-    return int(device)
-
-
-def _cpu_function(device: int, name: str, result: Any, *arguments: Any) -> Any:
-    """A function of the CPU backend, by the way llama.cpp gets it; None where the backend has none of that name."""
-    lib = _library()
-    address = lib.ggml_backend_reg_get_proc_address(lib.ggml_backend_dev_backend_reg(device), name.encode())
-    return ctypes.CFUNCTYPE(result, *arguments)(address) if address else None
-
-
 def _set_threads(device: int, backend: int, n_threads: int) -> None:
-    set_n_threads = _cpu_function(device, "ggml_backend_set_n_threads", None, c_void_p, c_int)
+    set_n_threads = cpu_device.function(library.load(), device, "ggml_backend_set_n_threads", None, c_void_p, c_int)
     if set_n_threads is not None:
         set_n_threads(backend, n_threads)
 
 
 def _buffer_type(device: int, weight: Weight, repack: bool) -> int:
     """The type of memory that llama.cpp would load the weight into."""
-    extra = _extra_buffer_types(device) if repack else []
+    can_repack = repack and library.can_repack()
+    extra = cpu_device.extra_buffer_types(library.load(), device).values() if can_repack else ()
     found = next((buft for buft in extra if _is_supported(device, buft, weight)), None)
     return found or int(_library().ggml_backend_dev_buffer_type(device))
-
-
-def _extra_buffer_types(device: int) -> list[int]:
-    get_types = _cpu_function(device, "ggml_backend_dev_get_extra_bufts", ctypes.POINTER(c_void_p), c_void_p)
-    types: list[int] = []
-    listed = get_types(device) if get_types is not None else None
-    while listed and listed[len(types)]:  # ends with a null pointer
-        types.append(listed[len(types)])
-    return types
 
 
 def _is_supported(device: int, buffer_type: int, weight: Weight) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgellm.errors import EdgeLLMError
+from edgellm.native import amx
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,14 @@ PACKAGE = "llama_cpp"
 
 _load_lock = threading.Lock()
 _bindings: Any = None
+_can_repack = True
 _log_callback: Any = None  # ctypes keeps no reference of its own
 _log = threading.local()  # per thread: the unfinished line, its level, and the last error lines
 
 
 def load() -> Any:
     """The low-level bindings module (`llama_cpp.llama_cpp`), its library initialised. EdgeLLMError if it can't load."""
-    global _bindings
+    global _bindings, _can_repack
     if _bindings is None:
         with _load_lock:
             if _bindings is None:
@@ -45,8 +47,15 @@ def load() -> Any:
                 bindings = _import_bindings()
                 _route_log(bindings)
                 bindings.llama_backend_init()
+                _can_repack = amx.keep_out(bindings)
                 _bindings = bindings
     return _bindings
+
+
+def can_repack() -> bool:
+    """Whether weights may lie in memory of the kernels' own layouts: not where that crashes (see `native.amx`)."""
+    load()
+    return _can_repack
 
 
 def version() -> str:

@@ -46,7 +46,7 @@ class NativeModel:
         mmap, mlock = lib.LLAMA_LOAD_MODE_MMAP, lib.LLAMA_LOAD_MODE_MMAP_MLOCK
         modes = {"mlock": mlock, "copy": lib.LLAMA_LOAD_MODE_NONE}  # copy: memory of our own, as it is in the file
         params.load_mode = modes.get(load_mode, mmap)
-        params.use_extra_bufts = load_mode == "repack"
+        params.use_extra_bufts = load_mode == "repack" and library.can_repack()
         params.n_gpu_layers = n_gpu_layers
         callback = lib.llama_progress_callback(watch)
         params.progress_callback = callback

@@ -44,7 +44,7 @@ WELL = Found(
     ),
     memory=Memory(8 * GB, 16 * GB),
     memory_of_machine=16 * GB,
-    build=Build("0.3.36", "0.5", "llama_cpp.py", ("AVX", "AVX2", "REPACK"), False, True, True),
+    build=Build("0.3.36", "0.5", "llama_cpp.py", ("AVX", "AVX2", "REPACK"), False, True, True, False),
     build_problem="",
     default_model=Path("model.gguf"),
     model_problem="",
@@ -58,8 +58,14 @@ def about(**changes: Any) -> Found:
     return replace(WELL, machine=replace(WELL.machine, **changes))
 
 
+def broken_amx(*features: str) -> Found:
+    build = replace(WELL.build, amx_is_broken=True, features=features)
+    return replace(about(features=features), build=build)
+
+
 def test_nothing_is_said_where_all_is_well() -> None:
     assert advise(WELL) == []
+    assert advise(broken_amx()) == []  # on a CPU without AMX
     assert list(lines([])) == ["All is well."]
 
 
@@ -67,6 +73,7 @@ def test_nothing_is_said_where_all_is_well() -> None:
     ("found", "said"),
     [
         (about(features=("AVX", "AVX2", "AVX512")), "this CPU has AVX512, which llama.cpp was built without"),
+        (broken_amx("AMX_INT8"), "built by a GCC that breaks its code for AMX, .* CC=clang CXX=clang"),
         (about(cpu_quota=1.5), "may use 1.5 cores of 8, .* use --threads 1 "),
         (about(busy_cores=3.0), r"other programs keep 3\.0 of 8 cores busy"),
         (about(address_space=4 * GB), r"may map 4\.0 GB only"),
