@@ -26,7 +26,7 @@ from edgellm.native import cpu_device
 _AMX = "AMX"  # ggml's name of the buffer type
 _CODE = b"ggml_backend_amx_mul_mat"  # a symbol of builds that can use it
 _GCC = re.compile(rb"GCC: \([^)]*\) (\d+)\.\d")  # what GCC writes into the section .comment
-_CLANG = b"clang version "
+_CLANG = b"clang version ", b"libomp"  # llvm-strip takes the first away; the second is LLVM's OpenMP
 _MENDED = 14
 _TOO_SMALL = 8192  # bytes; the state of AMX alone is as many
 
@@ -60,7 +60,7 @@ def _is_miscompiled(path: Path) -> bool:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(_CODE) < 0:
             return False
-        if data.find(_CLANG) >= 0:  # GCC's name stands there too, by the C library's start files
+        if any(data.find(sign) >= 0 for sign in _CLANG):  # GCC's name may stand there too, from the C library's parts
             return False
         return min((int(major) for major in _GCC.findall(data)), default=0) < _MENDED
 

@@ -31,6 +31,8 @@ def write_library(folder: Path, content: bytes, name: str = "libggml-cpu.so.0.25
         (_CODE + b"GCC: (GNU) 14.2.1\0" + b"GCC: (GNU) 12.3.0\0", True),  # parts of it may come from the older one
         (_CODE + b"Debian clang version 16.0.6\0", False),
         (_CODE + b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0\0Debian clang version 16.0.6\0", False),
+        (_CODE + b"libomp.so.5\0", False),
+        (_CODE + b"libgomp.so.1\0", True),
         (_CODE, True),  # it doesn't say
         (b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0\0", False),  # no AMX in it
     ],
