@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
@@ -14,7 +14,7 @@ DraftChoice: TypeAlias = str | Path | Sequence[str | Path]  # auto, off, ngram, 
 _NEEDLE = 2  # tokens that must match before anything is guessed
 _CANDIDATES = 16  # latest places looked at
 _LONGEST = 32  # tokens a match is followed back
-_LENGTHS = (3, 5, 9, 17)  # matches at least this long are sources of their own: longer ones are right more often
+_LENGTHS = (3, 5, 9, 17)  # matches at least this long are sources of their own
 
 
 class Proposal(NamedTuple):
@@ -59,16 +59,11 @@ class NgramDraft:
             self._places.setdefault(tuple(history[place - _NEEDLE : place]), []).append(place)
         self._n_indexed = max(self._n_indexed, len(history))
         places = self._places.get(tuple(history[-_NEEDLE:]), ())[-_CANDIDATES:]
-        best, length = -1, 0
-        for place in reversed(places):
-            found = _match_length(history, place)
-            if found > length:
-                best, length = place, found
-                if length == _LONGEST:
-                    break
-        if not length:
+        if not places:
             return NOTHING
-        return Proposal(_continued(history, best, k), f"ngram {match_class(length)}")
+        length, place = max((_match_length(history, place), place) for place in places)
+        source = match_source(self.name, length, [history[place] for place in places])
+        return Proposal(_continued(history, place, k), source)
 
 
 class ForcedDraft:
@@ -85,9 +80,13 @@ class ForcedDraft:
         return Proposal(self._matcher.forced()[:k], self.name)
 
 
-def match_class(length: int) -> int:
-    """Which source a match of so many tokens belongs to."""
-    return sum(length >= bound for bound in _LENGTHS)
+def match_source(kind: str, length: int, continuations: Sequence[Hashable]) -> str:
+    """The source of a match of so many tokens, told by its length and by what followed wherever it stood before.
+
+    Longer ones are right more often, and so are those whose continuations are all the same.
+    """
+    agreement = "once" if len(continuations) == 1 else "agreed" if len(set(continuations)) == 1 else "disputed"
+    return f"{kind} {sum(length >= bound for bound in _LENGTHS)} {agreement}"
 
 
 def _match_length(history: Sequence[int], place: int) -> int:

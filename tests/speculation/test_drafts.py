@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.speculation.drafts import NOTHING, NgramDraft, match_class
+from edgellm.speculation.drafts import NOTHING, NgramDraft, Proposal, match_source
 
 
-def latest_of_the_longest(history: list[int]) -> tuple[int, int]:
-    """(place, length) of the best match; only the 16 latest places where the last two tokens stood count."""
+def latest_of_the_longest(history: list[int]) -> tuple[int, int, list[int]]:
+    """(place, length) of the best match, and what followed all of them; only the 16 latest places where the last two
+    tokens stood count."""
     places = [p for p in range(2, len(history)) if history[p - 2 : p] == history[-2:]][-16:]
     best = (-1, 0)
     for place in places:
@@ -18,7 +19,7 @@ def latest_of_the_longest(history: list[int]) -> tuple[int, int]:
         length = max(equal)
         if length >= best[1]:
             best = (place, length)
-    return best
+    return (*best, [history[place] for place in places])
 
 
 def endless(tokens: list[int], place: int, k: int) -> list[int]:
@@ -31,13 +32,13 @@ def endless(tokens: list[int], place: int, k: int) -> list[int]:
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=120), st.integers(1, 12))
 def test_it_guesses_what_followed_the_latest_longest_match(history: list[int], k: int) -> None:
-    place, length = latest_of_the_longest(history)
+    place, length, followed = latest_of_the_longest(history)
     tokens, source, _ = NgramDraft().propose(history, k)
     if not length:
         assert (tokens, source) == NOTHING[:2]
     else:
         assert list(tokens) == endless(history, place, k)
-        assert source == f"ngram {match_class(length)}"
+        assert source == match_source("ngram", length, followed)
 
 
 @given(st.lists(st.integers(0, 2), min_size=4, max_size=60), st.data())
@@ -56,4 +57,11 @@ def test_nothing_repeats_nothing_is_guessed() -> None:
 
 @pytest.mark.parametrize(("length", "expected"), [(2, 0), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3), (17, 4), (32, 4)])
 def test_longer_matches_are_other_sources(length: int, expected: int) -> None:
-    assert match_class(length) == expected
+    assert match_source("ngram", length, [7]) == f"ngram {expected} once"
+
+
+def test_disputed_matches_are_other_sources() -> None:
+    history = [1, 2, 3, 9, 1, 2, 3, 9, 1, 2]
+    assert NgramDraft().propose(history, 1) == Proposal([3], "ngram 2 agreed")
+    assert NgramDraft().propose([1, 2, 4, *history], 1) == Proposal([3], "ngram 2 disputed")
+    assert NgramDraft().propose([1, 2, 4, 8, 1, 2], 1) == Proposal([4], "ngram 0 once")
