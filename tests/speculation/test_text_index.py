@@ -69,8 +69,8 @@ def test_long_matches_are_told_by_32_tokens(tmp_path: Path) -> None:
     document = list(range(N_VOCAB))
     draft = made(tmp_path, [document, [7, 8, 1, 2]])
     assert list(draft.propose(document[:40], 5).tokens) == [40, 41, 42, 43, 44]
-    assert draft.propose(document[:40], 5).source == "index 4"
-    assert draft.propose([9, 7, 8], 5).source == "index 0"
+    assert draft.propose(document[:40], 5).source == "index 4 once"
+    assert draft.propose([9, 7, 8], 5).source == "index 0 once"
     draft.close()
 
 
