@@ -15,16 +15,14 @@ from edgellm.speculation.drafts import Proposal
 
 MAX_DRAFT = 24
 
-# Steps that one evaluation of n tokens costs, before anything is measured: as on two cores, where it costs much.
-_USUAL = {1: 1.0, 2: 1.5, 4: 2.2, 8: 3.4, 16: 5.2, 32: 9.0}
-_CAREFUL = {1: 1.0, 2: 1.7, 4: 2.4, 8: 3.8, 16: 6.0, 32: 11.0}  # where nothing will be measured: a slow machine's
-_CAREFUL_GUESS = 0.3  # steps
+# Steps that one evaluation of n tokens costs, before anything is measured: as on two slow cores, where it costs much.
+_USUAL = {1: 1.0, 2: 1.7, 4: 2.4, 8: 3.8, 16: 6.0, 32: 11.0}
+_USUAL_GUESS = 0.3  # steps that a guess of a draft model costs, where nothing may be measured
 _KEPT = 9  # latest measurements of each kind
 _STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
 _FORGETS = 0.97  # weight of older checks with each new one
-_PRIOR, _PRIOR_WEIGHT = 0.7, 2.0  # a new source is tried
-_PRIOR_OF_COSTLY = 0.85  # and one whose guesses cost something: nobody gives a bad one by mistake
+_PRIOR_WEIGHT = 3.0  # guesses that a source's prior counts as
 _GAIN = 1.05  # less isn't worth the risk: the best of several estimates is mostly too good
 _FOR_PROBES = 0.01  # share of the time that may go into trying again what didn't pay
 _PROBE = 2  # guesses of such a trial
@@ -40,8 +38,6 @@ class Depth:
         when the same answer is asked for again: the number of tokens evaluated together can turn a tie.
         """
         self._looks_at_clock = looks_at_clock
-        if not looks_at_clock and curve is None:
-            curve = _CAREFUL
         self._steps: deque[float] = deque(maxlen=_KEPT)  # seconds of plain steps
         self._checks: dict[int, deque[float]] = {}  # number of tokens → costs in plain steps
         self._off: deque[float] = deque(maxlen=_KEPT)  # latest costs of any number of tokens, as shares of the curve's
@@ -49,11 +45,13 @@ class Depth:
         self._sources: dict[str, _Source] = {}
         self._for_probes = 0.0  # seconds
 
-    def choose(self, source: str, most: int, *, is_free: bool = True) -> int:
-        """How many guesses of the source to check; at most `most`. is_free: guessing itself costs next to nothing."""
+    def choose(self, source: str, most: int, prior: float) -> int:
+        """How many guesses of the source to check; at most `most`. prior: how often one is right, as far as anybody
+        knows before any was checked.
+        """
         if len(self._steps) < _STEPS_FIRST:
             return 0
-        known = self._sources.setdefault(source, _Source(_PRIOR if is_free else _PRIOR_OF_COSTLY))
+        known = self._sources.setdefault(source, _Source(prior))
         most = min(most, MAX_DRAFT)
         best = max(range(1, most + 1), key=lambda k: self._gain(known, k), default=0)
         if best and self._gain(known, best) >= _GAIN:
@@ -62,9 +60,9 @@ class Depth:
         known.probes = self._loss(known, probe) <= self._for_probes
         return probe if known.probes else 0
 
-    def expected(self, source: str, n: int) -> float:
+    def expected(self, source: str, n: int, prior: float) -> float:
         """Tokens that a check of n guesses of the source is expected to yield."""
-        return self._sources.setdefault(source, _Source()).expected(min(n, MAX_DRAFT))
+        return self._sources.setdefault(source, _Source(prior)).expected(min(n, MAX_DRAFT))
 
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""
@@ -74,11 +72,12 @@ class Depth:
 
     def check_took(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
         """A check of these guesses, of which the first n_accepted were right. draft_seconds: until they were there."""
-        source, n = self._sources.setdefault(proposal.source, _Source()), len(proposal.tokens)
+        source, n = self._sources.setdefault(proposal.source, _Source(proposal.prior)), len(proposal.tokens)
+        per_guess = proposal.seconds_per_guess
         if not self._looks_at_clock:
-            source.learn(n, n_accepted, _CAREFUL_GUESS if proposal.seconds_per_guess else 0.0)
-            return
-        source.learn(n, n_accepted, proposal.seconds_per_guess)
+            per_guess = _USUAL_GUESS if per_guess else 0.0
+            seconds, draft_seconds = _between(self._curve, n + 1), n * per_guess
+        source.learn(n, n_accepted, per_guess)
         self._for_probes += _FOR_PROBES * seconds
         if not self._steps:
             return
@@ -115,12 +114,12 @@ class Depth:
         return self.cost(k + 1) + k * source.seconds_per_guess / self._step_seconds
 
     def _loss(self, source: _Source, k: int) -> float:
-        """Seconds that checking k guesses is expected to cost more than it brings."""
-        return max(0.0, self._expense(source, k) - source.expected(k)) * self._step_seconds
+        """Seconds that checking k guesses costs in vain where none of them is right."""
+        return max(0.0, self._expense(source, k) - 1.0) * self._step_seconds
 
 
 class _Source:
-    def __init__(self, prior: float = _PRIOR) -> None:
+    def __init__(self, prior: float) -> None:
         self.right, self.wrong = prior * _PRIOR_WEIGHT, (1 - prior) * _PRIOR_WEIGHT
         self.seconds_per_guess = 0.0
         self.probes = False  # it was chosen though it doesn't pay, to see whether it does by now

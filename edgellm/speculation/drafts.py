@@ -15,16 +15,22 @@ _NEEDLE = 2  # tokens that must match before anything is guessed
 _CANDIDATES = 16  # latest places looked at
 _LONGEST = 32  # tokens a match is followed back
 _LENGTHS = (3, 5, 9, 17)  # matches at least this long are sources of their own
+# How often guesses after matches of these lengths were right in answers of a small model to 30 questions; after short
+# ones it makes a difference whether all places agree.
+_RIGHT = (0.62, 0.74, 0.82, 0.88, 0.97)
+_AGREEMENT, _SHORT = {"once": 0.0, "agreed": 0.05, "disputed": -0.07}, 2
 
 
 class Proposal(NamedTuple):
     """tokens: guesses, the likeliest continuation first to last. source: guesses of one source are about as often
     right; how often is learned for each. seconds_per_guess: what one more of them costs; 0 = nothing to speak of.
+    prior: how often one of this source is right, before anything was learned.
     """
 
     tokens: Sequence[int]
     source: str
     seconds_per_guess: float = 0.0
+    prior: float = 0.7
 
 
 NOTHING = Proposal((), "")
@@ -62,8 +68,8 @@ class NgramDraft:
         if not places:
             return NOTHING
         length, place = max((_match_length(history, place), place) for place in places)
-        source = match_source(self.name, length, [history[place] for place in places])
-        return Proposal(_continued(history, place, k), source)
+        followed = [history[place] for place in places]
+        return after_match(self.name, _continued(history, place, k), length, followed)
 
 
 class ForcedDraft:
@@ -77,16 +83,18 @@ class ForcedDraft:
         self._matcher = matcher
 
     def propose(self, history: Sequence[int], k: int) -> Proposal:
-        return Proposal(self._matcher.forced()[:k], self.name)
+        return Proposal(self._matcher.forced()[:k], self.name, prior=0.99)
 
 
-def match_source(kind: str, length: int, continuations: Sequence[Hashable]) -> str:
-    """The source of a match of so many tokens, told by its length and by what followed wherever it stood before.
+def after_match(kind: str, tokens: Sequence[int], length: int, followed: Sequence[Hashable]) -> Proposal:
+    """Guesses after a match of so many tokens. followed: what did so wherever these tokens stood before.
 
-    Longer ones are right more often, and so are those whose continuations are all the same.
+    The source tells the length, as after longer matches guesses are right more often, and whether all places agree.
     """
-    agreement = "once" if len(continuations) == 1 else "agreed" if len(set(continuations)) == 1 else "disputed"
-    return f"{kind} {sum(length >= bound for bound in _LENGTHS)} {agreement}"
+    agreement = "once" if len(followed) == 1 else "agreed" if len(set(followed)) == 1 else "disputed"
+    length_class = sum(length >= bound for bound in _LENGTHS)
+    prior = _RIGHT[length_class] + (_AGREEMENT[agreement] if length_class < _SHORT else 0.0)
+    return Proposal(tokens, f"{kind} {length_class} {agreement}", prior=prior)
 
 
 def _match_length(history: Sequence[int], place: int) -> int:

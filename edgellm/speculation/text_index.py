@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellm.errors import DraftMismatch, ModelFileError, OutputError
-from edgellm.speculation.drafts import NOTHING, Proposal, match_source
+from edgellm.speculation.drafts import NOTHING, Proposal, after_match
 from edgellm.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class IndexDraft:
         firsts = Counter(words[-_WORD:] for words in after)
         ahead = Counter(words[-_WORD * _AHEAD :] for words in after)
         best = max(after, key=lambda words: (firsts[words[-_WORD:]], ahead[words[-_WORD * _AHEAD :]]))
-        return Proposal(self._tokens(best, k), match_source("index", length, [words[-_WORD:] for words in after]))
+        return after_match("index", self._tokens(best, k), length, [words[-_WORD:] for words in after])
 
     def _bisect(self, needle: bytes) -> int:
         """Where in the places the needle would stand."""

@@ -15,6 +15,8 @@ from edgellm.errors import Cancelled
 from edgellm.speculation.depth import Depth
 from edgellm.speculation.drafts import NOTHING, Draft, Proposal
 
+_PRIOR_OF_COSTLY = 0.85  # guesses that cost something: nobody gives a bad draft by mistake
+
 
 class Verifier(Protocol):
     """A decoder that can evaluate several guesses and take the wrong ones back (`native.context.Context`)."""
@@ -62,15 +64,15 @@ class Speculator:
     def _best_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
         proposals = [proposal for draft in drafts if (proposal := draft.propose(history, most)).tokens]
         if len(proposals) > 1:
-            proposals.sort(key=lambda p: self.depth.expected(p.source, len(p.tokens)), reverse=True)
+            proposals.sort(key=lambda p: self.depth.expected(p.source, len(p.tokens), p.prior), reverse=True)
         for proposal in proposals:
-            if n := self.depth.choose(proposal.source, len(proposal.tokens)):
+            if n := self.depth.choose(proposal.source, len(proposal.tokens), proposal.prior):
                 return proposal._replace(tokens=proposal.tokens[:n])
         return NOTHING
 
     def _first_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
         for draft in drafts:
-            k = self.depth.choose(draft.name, most, is_free=False)
+            k = self.depth.choose(draft.name, most, _PRIOR_OF_COSTLY)
             proposal = draft.propose(history, k) if k else NOTHING
             if proposal.tokens:
                 return proposal

@@ -31,7 +31,7 @@ def test_a_window_that_has_moved_on_is_rolled_back(
     case: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     depths = itertools.cycle([3, 1, 9])
-    monkeypatch.setattr(Depth, "choose", lambda self, source, most, **_: min(next(depths), most))
+    monkeypatch.setattr(Depth, "choose", lambda self, source, most, prior: min(next(depths), most))
     path = converted(case, tmp_path)
     prompt = [20 + i % 7 for i in range(90)]
     params = SamplingParams(max_tokens=60, temperature=0.7, top_k=3, seed=5)

@@ -35,7 +35,7 @@ _NOISE = 0.7  # logits differ by up to so much with the number of tokens evaluat
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is checked, at depths that change: what the clock would choose isn't the question."""
     depths = itertools.cycle([1, 7, MAX_DRAFT, 3, 2])
-    monkeypatch.setattr(Depth, "choose", lambda self, source, most, **_: min(next(depths), most))
+    monkeypatch.setattr(Depth, "choose", lambda self, source, most, prior: min(next(depths), most))
 
 
 def check_same(model: Model, prompt: list[int], plain: list[int], guessed: list[int]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from edgellm.speculation.depth import MAX_DRAFT, Depth
 from edgellm.speculation.drafts import Proposal
 
-STEP = 0.01
+STEP, PRIOR = 0.01, 0.7
 FLAT = {1: 1.0, 2: 1.05, 4: 1.1, 8: 1.3, 25: 2.5}  # memory-bound: more tokens at once cost little
 STEEP = {1: 1.0, 2: 1.9, 4: 3.5, 8: 7.0, 25: 22.0}  # compute-bound
 
@@ -34,7 +34,7 @@ def simulate(
     rng = random.Random(seed)
     n, seconds = 0, 0.0
     while n < n_tokens:
-        k = depth.choose("draft", MAX_DRAFT)
+        k = depth.choose("draft", MAX_DRAFT, PRIOR)
         disturbed = 1 + noise * rng.random() ** 8
         if not k:
             seconds += STEP * disturbed
@@ -85,24 +85,48 @@ def test_the_first_measurements_of_a_busy_machine_are_not_trusted() -> None:
         depth.step_took(STEP)
     depth.check_took(Proposal([0] * 4, "draft"), 4, 50 * STEP, 0.0)
     assert depth.cost(5) < 2
-    assert depth.choose("draft", 4) == 4
+    assert depth.choose("draft", 4, PRIOR) == 4
+
+
+@pytest.mark.parametrize("looks_at_clock", [True, False])
+@pytest.mark.parametrize("n_right", [0, 1])
+def test_trying_what_does_not_pay_takes_a_hundredth_of_the_time(looks_at_clock: bool, n_right: int) -> None:
+    curve = {1: 1.0, 2: 1.9, 3: 2.4, 25: 22.0}
+    depth, tried, lost = Depth(curve, looks_at_clock=looks_at_clock), 0, 0.0
+    for _ in range(3000):
+        if k := depth.choose("poor", 8, 0.4):
+            tried += 1
+            lost += between(curve, k + 1) - (n_right + 1)
+            depth.check_took(Proposal([0] * k, "poor"), n_right, between(curve, k + 1) * STEP, 0.0)
+        else:
+            depth.step_took(STEP)
+    assert tried >= 10
+    assert lost <= 0.012 * 3000
+
+
+def test_a_new_source_begins_with_its_prior() -> None:
+    depth = Depth(FLAT)
+    depth.step_took(STEP)
+    depth.step_took(STEP)
+    assert depth.choose("long", MAX_DRAFT, 0.97) > depth.choose("short", MAX_DRAFT, 0.6) > 0
+    assert depth.expected("long", 4, 0.97) > depth.expected("short", 4, 0.6) > 1
 
 
 def test_no_more_is_chosen_than_there_is() -> None:
     depth = Depth(FLAT)
-    assert depth.choose("draft", 10) == 0  # what a plain step costs isn't known yet
+    assert depth.choose("draft", 10, PRIOR) == 0  # what a plain step costs isn't known yet
     depth.step_took(STEP)
     depth.step_took(STEP)
-    assert depth.choose("draft", 0) == 0
-    assert depth.choose("draft", 3) <= 3
-    assert depth.choose("draft", 1000) <= MAX_DRAFT
+    assert depth.choose("draft", 0, PRIOR) == 0
+    assert depth.choose("draft", 3, PRIOR) <= 3
+    assert depth.choose("draft", 1000, PRIOR) <= MAX_DRAFT
 
 
 def test_without_the_clock_only_what_was_right_decides() -> None:
     def choices(seconds: float) -> list[int]:
         depth, found = Depth(looks_at_clock=False), []
         for i in range(200):
-            found.append(k := depth.choose("draft", 8))
+            found.append(k := depth.choose("draft", 8, PRIOR))
             if k:
                 depth.check_took(Proposal([0] * k, "draft"), k if i % 3 else 0, seconds * i, 0.0)
             else:

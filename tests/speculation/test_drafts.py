@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgellm.speculation.drafts import NOTHING, NgramDraft, Proposal, match_source
+from edgellm.speculation.drafts import NOTHING, NgramDraft, after_match
 
 
 def latest_of_the_longest(history: list[int]) -> tuple[int, int, list[int]]:
@@ -33,12 +33,11 @@ def endless(tokens: list[int], place: int, k: int) -> list[int]:
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=120), st.integers(1, 12))
 def test_it_guesses_what_followed_the_latest_longest_match(history: list[int], k: int) -> None:
     place, length, followed = latest_of_the_longest(history)
-    tokens, source, _ = NgramDraft().propose(history, k)
+    proposal = NgramDraft().propose(history, k)
     if not length:
-        assert (tokens, source) == NOTHING[:2]
+        assert proposal == NOTHING
     else:
-        assert list(tokens) == endless(history, place, k)
-        assert source == match_source("ngram", length, followed)
+        assert proposal == after_match("ngram", endless(history, place, k), length, followed)
 
 
 @given(st.lists(st.integers(0, 2), min_size=4, max_size=60), st.data())
@@ -57,11 +56,18 @@ def test_nothing_repeats_nothing_is_guessed() -> None:
 
 @pytest.mark.parametrize(("length", "expected"), [(2, 0), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3), (17, 4), (32, 4)])
 def test_longer_matches_are_other_sources(length: int, expected: int) -> None:
-    assert match_source("ngram", length, [7]) == f"ngram {expected} once"
+    assert after_match("ngram", [5], length, [5]).source == f"ngram {expected} once"
+    assert after_match("ngram", [5], length, [5]).prior <= after_match("ngram", [5], length + 1, [5]).prior
 
 
-def test_disputed_matches_are_other_sources() -> None:
+def test_whether_matches_agree_makes_other_sources() -> None:
+    def proposed(history: list[int]) -> tuple[list[int], str]:
+        proposal = NgramDraft().propose(history, 1)
+        return list(proposal.tokens), proposal.source
+
     history = [1, 2, 3, 9, 1, 2, 3, 9, 1, 2]
-    assert NgramDraft().propose(history, 1) == Proposal([3], "ngram 2 agreed")
-    assert NgramDraft().propose([1, 2, 4, *history], 1) == Proposal([3], "ngram 2 disputed")
-    assert NgramDraft().propose([1, 2, 4, 8, 1, 2], 1) == Proposal([4], "ngram 0 once")
+    assert proposed(history) == ([3], "ngram 2 agreed")
+    assert proposed([1, 2, 4, *history]) == ([3], "ngram 2 disputed")
+    assert proposed([1, 2, 4, 8, 1, 2]) == ([4], "ngram 0 once")
+    priors = [after_match("ngram", [5], 2, followed).prior for followed in ([5, 6], [5], [5, 5])]
+    assert priors == sorted(priors)

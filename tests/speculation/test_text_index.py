@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edgellm.errors import DraftMismatch, ModelFileError, OutputError
 from edgellm.gguf_header import GGUFHeader
-from edgellm.speculation.drafts import NOTHING, match_source
+from edgellm.speculation.drafts import NOTHING, after_match
 from edgellm.speculation.text_index import IndexDraft, is_index, write_index
 
 N_VOCAB = 50
@@ -60,7 +60,7 @@ def test_proposes_what_brute_force_finds(
         return
     assert list(proposal.tokens) in [tokens[:k] for tokens in after]
     if len(after) <= 8:  # it looks at all of them then
-        assert proposal.source == match_source("index", length, [tokens[0] for tokens in after])
+        assert proposal == after_match("index", proposal.tokens, length, [tokens[0] for tokens in after])
         firsts = Counter(tokens[0] for tokens in after)
         assert firsts[proposal.tokens[0]] == max(firsts.values())
 
@@ -70,7 +70,7 @@ def test_long_matches_are_told_by_32_tokens(tmp_path: Path) -> None:
     draft = made(tmp_path, [document, [7, 8, 1, 2]])
     assert list(draft.propose(document[:40], 5).tokens) == [40, 41, 42, 43, 44]
     assert draft.propose(document[:40], 5).source == "index 4 once"
-    assert draft.propose([9, 7, 8], 5).source == "index 0 once"
+    assert draft.propose([9, 7, 8], 5).source == "index 0 disputed"
     draft.close()
 
 

@@ -20,7 +20,7 @@ PROMPT = [90, 91]
 class Everything(Depth):
     """Every guess is checked, whatever the clock says."""
 
-    def choose(self, source: str, most: int, **_: bool) -> int:
+    def choose(self, source: str, most: int, prior: float) -> int:
         return most
 
     def check_took(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
@@ -199,7 +199,7 @@ def test_a_costly_draft_is_not_asked_for_nothing() -> None:
         name, is_free = "costly", False
 
     class Nothing(Depth):
-        def choose(self, source: str, most: int, **_: bool) -> int:
+        def choose(self, source: str, most: int, prior: float) -> int:
             return 0
 
     draft, model = Costly({n: [n + 1] for n in range(9)}), Verifying(*LETTERS)
