@@ -103,8 +103,8 @@ class Hostile:
         self.name, self._draft = "hostile", draft
 
     def propose(self, history: Sequence[int], k: int) -> Proposal:
-        tokens, _, seconds = self._draft.propose(history, k)
-        return Proposal([max(0, token - 1) for token in tokens], self.name, seconds)
+        proposal = self._draft.propose(history, k)
+        return proposal._replace(tokens=[max(0, token - 1) for token in proposal.tokens], source=self.name)
 
 
 def contestants(options: argparse.Namespace) -> dict[str, Any]:
