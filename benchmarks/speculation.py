@@ -19,7 +19,7 @@ from typing import Any
 
 import edgellm
 from edgellm import LoadParams, Model, SamplingParams
-from edgellm.speculation.drafts import Proposal
+from edgellm.speculation.drafts import GoesOn, Proposal
 from edgellm.speculation.model_draft import ModelDraft
 
 TABLE = """def read_table(path, sep=","):
@@ -102,8 +102,8 @@ class Hostile:
     def __init__(self, draft: ModelDraft) -> None:
         self.name, self._draft = "hostile", draft
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
-        proposal = self._draft.propose(history, k)
+    def propose(self, history: Sequence[int], k: int, goes_on: GoesOn) -> Proposal:
+        proposal = self._draft.propose(history, k, goes_on)
         return proposal._replace(tokens=[max(0, token - 1) for token in proposal.tokens], source=self.name)
 
 

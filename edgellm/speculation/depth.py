@@ -7,11 +7,12 @@ steps, plus what the guesses cost. The k with most tokens per second wins; 0 is 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Mapping
 from statistics import median
 
-from edgellm.speculation.drafts import Proposal
+from edgellm.speculation.drafts import GoesOn, Proposal
 
 MAX_DRAFT = 24
 
@@ -23,6 +24,7 @@ _STEPS_FIRST = 2  # costs are counted in plain steps, so these must be known
 _TRUST = 2  # in how many of them the curve weighs as much: the first ones may be disturbed
 _FORGETS = 0.97  # weight of older checks with each new one
 _PRIOR_WEIGHT = 3.0  # guesses that a source's prior counts as
+_RANGES = (0.2, 0.4, 0.6, 0.8, 0.95)  # of a draft's own probabilities; how often guesses are right is learned in each
 _GAIN = 1.05  # less isn't worth the risk: the best of several estimates is mostly too good
 _FOR_PROBES = 0.01  # share of the time that may go into trying again what didn't pay
 _PROBE = 2  # guesses of such a trial
@@ -60,6 +62,21 @@ class Depth:
         known.probes = self._loss(known, probe) <= self._for_probes
         return probe if known.probes else 0
 
+    def goes_on(self, source: str, k: int) -> GoesOn:
+        """For a draft whose guesses take time, and of which k were chosen: whether to make the next one, told by the
+        probability that the draft gives it. It must be right at least as often as it costs a plain step's time.
+        """
+        known = self._sources[source]
+        per_guess = (self._expense(known, k) - self._expense(known, 1)) / max(1, k - 1)
+        chance = 1.0
+
+        def goes_on(probability: float) -> bool:
+            nonlocal chance
+            chance *= known.chance(probability)
+            return chance >= per_guess
+
+        return goes_on
+
     def expected(self, source: str, n: int, prior: float) -> float:
         """Tokens that a check of n guesses of the source is expected to yield."""
         return self._sources.setdefault(source, _Source(prior)).expected(min(n, MAX_DRAFT))
@@ -77,7 +94,7 @@ class Depth:
         if not self._looks_at_clock:
             per_guess = _USUAL_GUESS if per_guess else 0.0
             seconds, draft_seconds = _between(self._curve, n + 1), n * per_guess
-        source.learn(n, n_accepted, per_guess)
+        source.learn(proposal, n_accepted, per_guess)
         self._for_probes += _FOR_PROBES * seconds
         if not self._steps:
             return
@@ -121,13 +138,23 @@ class Depth:
 class _Source:
     def __init__(self, prior: float) -> None:
         self.right, self.wrong = prior * _PRIOR_WEIGHT, (1 - prior) * _PRIOR_WEIGHT
+        self.ranges = [[0.0, 0.0] for _ in range(len(_RANGES) + 1)]  # guesses right and wrong
         self.seconds_per_guess = 0.0
         self.probes = False  # it was chosen though it doesn't pay, to see whether it does by now
 
-    def learn(self, n_drafted: int, n_accepted: int, seconds_per_guess: float) -> None:
+    def learn(self, proposal: Proposal, n_accepted: int, seconds_per_guess: float) -> None:
         self.right = _FORGETS * self.right + n_accepted
-        self.wrong = _FORGETS * self.wrong + (n_accepted < n_drafted)
+        self.wrong = _FORGETS * self.wrong + (n_accepted < len(proposal.tokens))
         self.seconds_per_guess = seconds_per_guess
+        for i, probability in enumerate(proposal.probabilities[: n_accepted + 1]):
+            counts = self.ranges[bisect(_RANGES, probability)]
+            counts[:] = [_FORGETS * count for count in counts]
+            counts[i >= n_accepted] += 1
+
+    def chance(self, probability: float) -> float:
+        """How often guesses were right that the draft gave such a probability; before any was checked, just that."""
+        right, wrong = self.ranges[bisect(_RANGES, probability)]
+        return (right + _PRIOR_WEIGHT * probability) / (right + wrong + _PRIOR_WEIGHT)
 
     def expected(self, k: int) -> float:
         """Tokens of a check of k guesses: those that are right, and the one the model gives itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
@@ -24,16 +24,25 @@ _AGREEMENT, _SHORT = {"once": 0.0, "agreed": 0.05, "disputed": -0.07}, 2
 class Proposal(NamedTuple):
     """tokens: guesses, the likeliest continuation first to last. source: guesses of one source are about as often
     right; how often is learned for each. seconds_per_guess: what one more of them costs; 0 = nothing to speak of.
-    prior: how often one of this source is right, before anything was learned.
+    prior: how often one of this source is right, before anything was learned. probabilities: that the draft itself
+    gives its guesses, where it has any.
     """
 
     tokens: Sequence[int]
     source: str
     seconds_per_guess: float = 0.0
     prior: float = 0.7
+    probabilities: Sequence[float] = ()
 
 
 NOTHING = Proposal((), "")
+
+
+GoesOn: TypeAlias = Callable[[float], bool]  # whether a next guess is wanted that the draft gives this probability
+
+
+def always(_: float) -> bool:
+    return True
 
 
 class Draft(Protocol):
@@ -42,8 +51,11 @@ class Draft(Protocol):
     name: str
     is_free: bool
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
-        """At most k tokens that may follow `history`. During one generation `history` only grows."""
+    def propose(self, history: Sequence[int], k: int, goes_on: GoesOn = always, /) -> Proposal:
+        """At most k tokens that may follow `history`. During one generation `history` only grows.
+
+        goes_on: where guesses take time, it is asked about each but the first, and ends them.
+        """
         ...
 
 
@@ -60,7 +72,7 @@ class NgramDraft:
         self._places: dict[tuple[int, ...], list[int]] = {}  # of every needle: where the token after it stands
         self._n_indexed = _NEEDLE  # a needle ends before this place; the one at the very end isn't there yet
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
         for place in range(self._n_indexed, len(history)):
             self._places.setdefault(tuple(history[place - _NEEDLE : place]), []).append(place)
         self._n_indexed = max(self._n_indexed, len(history))
@@ -82,7 +94,7 @@ class ForcedDraft:
         """matcher: has taken every token of the history that belongs to the answer."""
         self._matcher = matcher
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
         return Proposal(self._matcher.forced()[:k], self.name, prior=0.99)
 
 

@@ -9,13 +9,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from edgellm.errors import DraftMismatch
-from edgellm.speculation.drafts import NOTHING, Proposal
+from edgellm.speculation.drafts import NOTHING, GoesOn, Proposal, always
 
 if TYPE_CHECKING:
     from edgellm.gguf_header import GGUFHeader
     from edgellm.native.context import Context
 
-_UNSURE = 0.6  # guessing ends at a token the draft itself gives less
 _LOOKBACK = 256  # tokens the draft reads when it has missed more: reading all can cost more than it brings
 _FEW = 32  # tokens that other drafts' right guesses leave to be read: a part of what a guess costs
 _SIZE_DIFFERENCE = 128  # rows that vocabularies of one family are padded with
@@ -34,7 +33,7 @@ class ModelDraft:
         self._start = 0  # in the history, of what the context holds
         self._seconds: deque[float] = deque(maxlen=9)  # of a guess
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, goes_on: GoesOn = always) -> Proposal:
         """Cancelled when its context is told to abort."""
         import numpy as np
 
@@ -48,20 +47,21 @@ class ModelDraft:
         n_timed = 0 if len(missing) > _FEW else 1
         started = started if n_timed else perf_counter()
         tokens: list[int] = []
-        sure = 1.0
+        probabilities: list[float] = []
         while True:
             token, probability = context.likeliest_and_probability(np)
-            sure *= probability
-            if tokens and sure < _UNSURE:
+            if tokens and not goes_on(probability):
                 break
             tokens.append(token)
+            probabilities.append(probability)
             if len(tokens) == k:
                 break
             context.step(token)
             n_timed += 1
         if n_timed:
             self._seconds.append((perf_counter() - started) / n_timed)
-        return Proposal(tokens, self.name, median(self._seconds) if self._seconds else 0.0)
+        seconds = median(self._seconds) if self._seconds else 0.0
+        return Proposal(tokens, self.name, seconds, probabilities=probabilities)
 
     def _readable(self, history: Sequence[int], k: int) -> Sequence[int]:
         """The end of the history that the context holds, or shall read; empty where it has no room for that."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellm.errors import DraftMismatch, ModelFileError, OutputError
-from edgellm.speculation.drafts import NOTHING, Proposal, after_match
+from edgellm.speculation.drafts import NOTHING, GoesOn, Proposal, after_match, always
 from edgellm.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class IndexDraft:
         """Unmap the file; nothing is guessed from then on. Twice is fine."""
         self._file.close()
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
         try:
             return self._propose(history, k)
         except ValueError:  # closed by another thread

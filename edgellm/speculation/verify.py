@@ -73,7 +73,7 @@ class Speculator:
     def _first_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
         for draft in drafts:
             k = self.depth.choose(draft.name, most, _PRIOR_OF_COSTLY)
-            proposal = draft.propose(history, k) if k else NOTHING
+            proposal = draft.propose(history, k, self.depth.goes_on(draft.name, k)) if k else NOTHING
             if proposal.tokens:
                 return proposal
         return NOTHING

@@ -12,6 +12,7 @@ import edgellm
 from edgellm import GenerationError, LoadParams, SamplingParams
 from edgellm.engine.parallel import Request
 from edgellm.speculation.depth import Depth
+from edgellm.speculation.drafts import always
 from tests.oracles.families import make_reference
 from tests.oracles.family_cases import CASES
 
@@ -32,6 +33,7 @@ def test_a_window_that_has_moved_on_is_rolled_back(
 ) -> None:
     depths = itertools.cycle([3, 1, 9])
     monkeypatch.setattr(Depth, "choose", lambda self, source, most, prior: min(next(depths), most))
+    monkeypatch.setattr(Depth, "goes_on", lambda self, source, k: always)
     path = converted(case, tmp_path)
     prompt = [20 + i % 7 for i in range(90)]
     params = SamplingParams(max_tokens=60, temperature=0.7, top_k=3, seed=5)

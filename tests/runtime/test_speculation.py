@@ -18,6 +18,7 @@ import edgellm
 from edgellm import DraftMismatch, GenerationError, LoadParams, Model, ModelFileError, SamplingParams
 from edgellm.engine.drafts import Drafts
 from edgellm.speculation.depth import MAX_DRAFT, Depth
+from edgellm.speculation.drafts import always
 from tests.converters import tiny
 
 CODE = """def read_table(path, sep=","):
@@ -36,6 +37,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every guess is checked, at depths that change: what the clock would choose isn't the question."""
     depths = itertools.cycle([1, 7, MAX_DRAFT, 3, 2])
     monkeypatch.setattr(Depth, "choose", lambda self, source, most, prior: min(next(depths), most))
+    monkeypatch.setattr(Depth, "goes_on", lambda self, source, k: always)
 
 
 def check_same(model: Model, prompt: list[int], plain: list[int], guessed: list[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgellm.speculation.depth import Depth
-from edgellm.speculation.drafts import NOTHING, Proposal
+from edgellm.speculation.drafts import NOTHING, GoesOn, Proposal, always
 from edgellm.speculation.verify import Speculator
 
 
@@ -16,7 +16,7 @@ class Fixed:
         self.name, self.is_free, self._tokens = name, is_free, tokens
         self.asked = 0
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
         self.asked += 1
         return Proposal(self._tokens[:k], self.name) if self._tokens else NOTHING
 

@@ -112,6 +112,44 @@ def test_a_new_source_begins_with_its_prior() -> None:
     assert depth.expected("long", 4, 0.97) > depth.expected("short", 4, 0.6) > 1
 
 
+def wanted(depth: Depth, probabilities: list[float]) -> int:
+    goes_on = depth.goes_on("model", 8)
+    return next((i for i, probability in enumerate(probabilities) if not goes_on(probability)), len(probabilities))
+
+
+def asked(depth: Depth) -> None:
+    depth.step_took(STEP)
+    depth.step_took(STEP)
+    assert depth.choose("model", 8, 0.85)
+
+
+def test_a_costly_guess_is_made_while_it_is_likely_enough_to_pay() -> None:
+    cheap, dear = Depth(FLAT), Depth({1: 1.0, 2: 1.3, 25: 12.0})
+    asked(cheap)
+    asked(dear)
+    assert wanted(cheap, [0.5] * 8) == 4  # a guess more costs .04 steps, so 1/16 pays, and 1/32 doesn't
+    assert wanted(dear, [0.5] * 8) == 1  # .47 steps
+    assert wanted(dear, [0.99] * 8) == 8
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_drafts_probabilities_count_as_what_they_were_worth(right: bool) -> None:
+    """A draft that is unsure may be right all the same, and a sure one wrong: each range is learned by itself."""
+    depth = Depth({1: 1.0, 2: 1.3, 25: 12.0})
+    asked(depth)
+    before = wanted(depth, [0.3] * 8), wanted(depth, [0.9] * 8)
+    for _ in range(30):
+        tokens, probability = [0] * 2, 0.3 if right else 0.9
+        proposal = Proposal(tokens, "model", 0.01 * STEP, probabilities=[probability] * 2)
+        depth.check_took(proposal, 2 if right else 0, 1.77 * STEP, 0.02 * STEP)
+    after = wanted(depth, [0.3] * 8), wanted(depth, [0.9] * 8)
+    if right:
+        assert after[0] >= before[0] + 4
+    else:
+        assert after[1] == 0
+        assert after[0] == before[0]
+
+
 def test_no_more_is_chosen_than_there_is() -> None:
     depth = Depth(FLAT)
     assert depth.choose("draft", 10, PRIOR) == 0  # what a plain step costs isn't known yet

@@ -10,7 +10,7 @@ from edgellm.config import SamplingParams
 from edgellm.errors import Cancelled
 from edgellm.generation import GenerationResponse, join, stream_generate
 from edgellm.speculation.depth import Depth
-from edgellm.speculation.drafts import NOTHING, NgramDraft, Proposal
+from edgellm.speculation.drafts import NOTHING, GoesOn, NgramDraft, Proposal, always
 from edgellm.speculation.verify import Speculator
 from tests.runtime.scripted import EOG, ScriptedModel
 
@@ -22,6 +22,9 @@ class Everything(Depth):
 
     def choose(self, source: str, most: int, prior: float) -> int:
         return most
+
+    def goes_on(self, source: str, k: int) -> GoesOn:
+        return always
 
     def check_took(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
         pass
@@ -71,7 +74,7 @@ class Guesses:
         self.guesses = guesses
         self.asked: list[tuple[int, int]] = []
 
-    def propose(self, history: Sequence[int], k: int) -> Proposal:
+    def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
         n = len(history) - len(PROMPT)
         assert list(history[:2]) == PROMPT
         assert list(history[2:]) == list(range(1, n + 1))  # nothing but what the model itself said
@@ -170,7 +173,7 @@ def test_a_cancelled_check_ends_the_answer() -> None:
 
 def test_a_draft_that_is_cancelled_guesses_nothing() -> None:
     class Broken(Guesses):
-        def propose(self, history: Sequence[int], k: int) -> Proposal:
+        def propose(self, history: Sequence[int], k: int, _: GoesOn = always) -> Proposal:
             raise Cancelled("aborted")
 
     model = Verifying(*LETTERS)
