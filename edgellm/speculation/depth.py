@@ -77,9 +77,12 @@ class Depth:
 
         return goes_on
 
-    def expected(self, source: str, n: int, prior: float) -> float:
-        """Tokens that a check of n guesses of the source is expected to yield."""
-        return self._sources.setdefault(source, _Source(prior)).expected(min(n, MAX_DRAFT))
+    def gain(self, source: str, most: int, prior: float) -> float:
+        """Tokens for each plain step's time that a check of at most `most` of these guesses may bring; 0 = unknown."""
+        if len(self._steps) < _STEPS_FIRST:
+            return 0.0
+        known = self._sources.setdefault(source, _Source(prior))
+        return max(self._gain(known, k) for k in range(1, min(most, MAX_DRAFT) + 1))
 
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""

@@ -6,8 +6,7 @@ the evaluation in between. So the answer has the model's own distribution at any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Protocol
 
@@ -39,9 +38,8 @@ class ChooserAt(Protocol):
 
 
 class Speculator:
-    """The drafts of one generation, asked in turn until one has a guess worth checking; and figures of it.
+    """The drafts of one generation, of which the one that promises most is checked at each place; and figures of it.
 
-    Of free ones that follow one another all are asked, and what is expected to bring most is checked.
     drafted, accepted: guesses checked, and right. draft_seconds: time the drafts took.
     """
 
@@ -54,35 +52,33 @@ class Speculator:
         """At most `most` guesses of what follows the history."""
         if most <= 0:
             return NOTHING
-        for is_free, drafts in groupby(self.drafts, key=lambda draft: draft.is_free):
-            propose = self._best_of if is_free else self._first_of
-            found = propose(history, most, drafts)
-            if found.tokens:
-                return found
-        return NOTHING
-
-    def _best_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
-        proposals = [proposal for draft in drafts if (proposal := draft.propose(history, most)).tokens]
-        if len(proposals) > 1:
-            proposals.sort(key=lambda p: self.depth.expected(p.source, len(p.tokens), p.prior), reverse=True)
-        for proposal in proposals:
-            if n := self.depth.choose(proposal.source, len(proposal.tokens), proposal.prior):
-                return proposal._replace(tokens=proposal.tokens[:n])
-        return NOTHING
-
-    def _first_of(self, history: Sequence[int], most: int, drafts: Iterable[Draft]) -> Proposal:
-        for draft in drafts:
-            k = self.depth.choose(draft.name, most, _PRIOR_OF_COSTLY)
+        offers = [(draft, offer) for draft in self.drafts if (offer := _offer(draft, history, most)).tokens]
+        if len(offers) > 1:
+            offers.sort(key=lambda pair: self._gain(pair[1]), reverse=True)
+        for draft, offer in offers:
+            k = self.depth.choose(offer.source, len(offer.tokens), offer.prior)
+            if k and draft.is_free:
+                return offer._replace(tokens=offer.tokens[:k])
             proposal = draft.propose(history, k, self.depth.goes_on(draft.name, k)) if k else NOTHING
             if proposal.tokens:
                 return proposal
         return NOTHING
+
+    def _gain(self, offer: Proposal) -> float:
+        return self.depth.gain(offer.source, len(offer.tokens), offer.prior)
 
     def checked(self, proposal: Proposal, n_accepted: int, seconds: float, draft_seconds: float) -> None:
         """Learn from a check that took `seconds`, after `draft_seconds` of guessing."""
         self.drafted += len(proposal.tokens)
         self.accepted += n_accepted
         self.depth.check_took(proposal, n_accepted, seconds, draft_seconds)
+
+
+def _offer(draft: Draft, history: Sequence[int], most: int) -> Proposal:
+    """What a draft guesses; where that takes time, as many places for guesses that aren't made yet."""
+    if draft.is_free:
+        return draft.propose(history, most)
+    return Proposal(range(most), draft.name, prior=_PRIOR_OF_COSTLY)
 
 
 def speculative_steps(

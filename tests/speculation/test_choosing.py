@@ -1,4 +1,4 @@
-"""Which of several drafts is checked: of free ones the most promising, then models in turn."""
+"""Which of several drafts is checked: the most promising, and a model isn't asked for nothing."""
 
 from __future__ import annotations
 
@@ -47,10 +47,17 @@ def test_a_longer_guess_wins_at_equal_odds() -> None:
 def test_a_model_is_asked_where_free_drafts_know_nothing() -> None:
     free, model = Fixed("free", []), Fixed("model", [3, 3], is_free=False)
     assert set(Speculator([free, model], learned(model=9)).propose([0], 8).tokens) == {3}
-    knows = Fixed("free", [1, 1])
+    knows = Fixed("free", [1] * 8)
     asked = model.asked
-    assert set(Speculator([knows, model], learned(free=9, model=9)).propose([0], 8).tokens) == {1}
+    assert set(Speculator([model, knows], learned(free=9, model=8)).propose([0], 8).tokens) == {1}
     assert model.asked == asked
+
+
+def test_a_model_that_promises_more_is_asked_first() -> None:
+    free, model = Fixed("free", [1, 1]), Fixed("model", [3, 3, 3, 3], is_free=False)
+    assert set(Speculator([free, model], learned(free=5, model=9)).propose([0], 8).tokens) == {3}
+    silent = Fixed("model", [], is_free=False)
+    assert set(Speculator([free, silent], learned(free=5, model=9)).propose([0], 8).tokens) == {1}
 
 
 def test_what_never_was_right_is_not_checked() -> None:

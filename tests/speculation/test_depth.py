@@ -109,7 +109,7 @@ def test_a_new_source_begins_with_its_prior() -> None:
     depth.step_took(STEP)
     depth.step_took(STEP)
     assert depth.choose("long", MAX_DRAFT, 0.97) > depth.choose("short", MAX_DRAFT, 0.6) > 0
-    assert depth.expected("long", 4, 0.97) > depth.expected("short", 4, 0.6) > 1
+    assert depth.gain("long", 4, 0.97) > depth.gain("short", 4, 0.6) > 1
 
 
 def wanted(depth: Depth, probabilities: list[float]) -> int:
