@@ -141,10 +141,7 @@ class Drafts:
 
 
 def partner_files(header: GGUFHeader) -> list[Path]:
-    """The drafts that the model's metadata, a note about it or its card names, if they are there.
-
-    Those that cost nothing come first: a model is asked where they know nothing.
-    """
+    """The drafts that the model's metadata, a note about it or its card names, if they are there; indices first."""
     paths = partners_of(header)
     card = card_for(header.path)
     if card and card.draft:
