@@ -146,8 +146,8 @@ class Model:
         """Continue a raw prompt: text (control tokens written out count as such, BOS is added) or token ids.
 
         draft: what guesses several tokens ahead, which costs no quality: "ngram" (the text's own repetitions), the path
-        or card of a smaller model, asked where the n-grams know nothing, or a list of just those to ask in turn; "auto"
-        = n-grams and the partner that the model's file or card names; "off".
+        or card of a smaller model, asked where it promises more than the n-grams, or a list of just those to choose
+        from; "auto" = n-grams and the partner that the model's file or card names; "off".
         on_progress: called with the evaluated fraction of the prompt, 0 to 1; returning False cancels.
         Errors, at once: GenerationError (empty, not this model's tokens, closed), ContextFull. While iterating:
         DraftMismatch, ModelFileError (a draft that was named); Cancelled before the first token; later a cancel ends

@@ -98,6 +98,7 @@ class Depth:
             per_guess = _USUAL_GUESS if per_guess else 0.0
             seconds, draft_seconds = _between(self._curve, n + 1), n * per_guess
         source.learn(proposal, n_accepted, per_guess)
+        source.catching_up = max(0.0, draft_seconds - n * per_guess)
         self._for_probes += _FOR_PROBES * seconds
         if not self._steps:
             return
@@ -135,7 +136,7 @@ class Depth:
 
     def _loss(self, source: _Source, k: int) -> float:
         """Seconds that checking k guesses costs in vain where none of them is right."""
-        return max(0.0, self._expense(source, k) - 1.0) * self._step_seconds
+        return max(0.0, self._expense(source, k) - 1.0) * self._step_seconds + source.catching_up
 
 
 class _Source:
@@ -143,6 +144,7 @@ class _Source:
         self.right, self.wrong = prior * _PRIOR_WEIGHT, (1 - prior) * _PRIOR_WEIGHT
         self.ranges = [[0.0, 0.0] for _ in range(len(_RANGES) + 1)]  # guesses right and wrong
         self.seconds_per_guess = 0.0
+        self.catching_up = 0.0  # seconds that it took the last time before the first guess, to read what it had missed
         self.probes = False  # it was chosen though it doesn't pay, to see whether it does by now
 
     def learn(self, proposal: Proposal, n_accepted: int, seconds_per_guess: float) -> None:

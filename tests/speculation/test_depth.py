@@ -104,6 +104,21 @@ def test_trying_what_does_not_pay_takes_a_hundredth_of_the_time(looks_at_clock: 
     assert lost <= 0.012 * 3000
 
 
+def test_a_draft_that_must_read_first_is_tried_more_seldom() -> None:
+    def n_tried(reading: float) -> int:
+        depth, tried = Depth({1: 1.0, 2: 1.9, 3: 2.4, 25: 22.0}), 0
+        for _ in range(5000):
+            if k := depth.choose("poor", 8, 0.4):
+                tried += 1
+                depth.check_took(Proposal([0] * k, "poor", 0.1 * STEP), 0, 2.4 * STEP, (0.1 * k + reading) * STEP)
+            else:
+                depth.step_took(STEP)
+        return tried
+
+    assert n_tried(0.0) >= 25
+    assert 2 <= n_tried(12.0) <= 5  # a hundredth of the time is 50 steps
+
+
 def test_a_new_source_begins_with_its_prior() -> None:
     depth = Depth(FLAT)
     depth.step_took(STEP)
