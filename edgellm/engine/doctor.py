@@ -141,8 +141,8 @@ def _about_features(build: Build, machine: Machine) -> list[Advice]:
     if build.amx_is_broken and _AMX in machine.features:
         advice.append(
             Advice(
-                "llama.cpp was built by a GCC that breaks its code for AMX, so edgellm does without, and reads prompts "
-                f"slower; build it with clang 16 or GCC 14: CC=clang CXX=clang++ {_BUILD_IT}"
+                "llama.cpp was built by a GCC that breaks its code for AMX, so edgellm does without, which is half as "
+                f"fast; build it with clang 16 or GCC 14: CC=clang CXX=clang++ {_BUILD_IT}"
             )
         )
     return advice
