@@ -21,8 +21,11 @@ _EMBEDDING = "embed_tokens.weight"
 
 
 def need_torch() -> None:
-    """CheckpointError with what to install where torch is missing."""
-    library.load()  # first: torch may ask Linux for AMX, which some builds of llama.cpp must not get (native.amx)
+    """CheckpointError with what to install where torch is missing.
+
+    Loads llama.cpp first: torch may ask Linux for AMX, which some builds of llama.cpp must not get (`native.amx`).
+    """
+    library.load()
     try:
         import torch  # noqa: F401
     except ImportError as exc:

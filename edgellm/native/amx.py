@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgellm.native import cpu_device
+from edgellm.native import cpu_device, shared
 
 _AMX = "AMX"  # ggml's name of the buffer type
 _CODE = b"ggml_backend_amx_mul_mat"  # a symbol of builds that can use it
@@ -43,7 +43,7 @@ def keep_out(bindings: Any) -> bool:
     Returns whether the buffer types beside plain memory may be used: not where AMX crashes and is among them all the
     same, because something else in this process asked Linux for it before.
     """
-    if not is_miscompiled(cpu_device.folder(bindings)):
+    if not is_miscompiled(shared.folder(bindings)):
         return True
     with _small_signal_stack(), _without_stderr():
         return _AMX not in cpu_device.extra_buffer_types(bindings, cpu_device.find(bindings))

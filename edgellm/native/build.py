@@ -65,7 +65,7 @@ def read_features(system_info: str) -> tuple[str, ...]:
 
 
 def _this_build() -> Build:
-    from edgellm.native import amx, cpu_device, library
+    from edgellm.native import amx, library, shared
 
     lib = library.load()
     return Build(
@@ -76,7 +76,7 @@ def _this_build() -> Build:
         gpu_offload=bool(lib.llama_supports_gpu_offload()),
         mmap=bool(lib.llama_supports_mmap()),
         mlock=bool(lib.llama_supports_mlock()),
-        amx_is_broken=amx.is_miscompiled(cpu_device.folder(lib)),
+        amx_is_broken=amx.is_miscompiled(shared.folder(lib)),
     )
 
 

@@ -1,21 +1,19 @@
-"""ggml's CPU device, and its buffer types beside plain memory: there weights lie as its faster kernels want them."""
+"""ggml's CPU device, and its buffer types beside plain memory: there weights lie as its faster kernels want them.
+
+bindings: the module that `library.load` returns.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_char_p, c_int, c_void_p
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from edgellm.errors import EdgeLLMError
+from edgellm.native.shared import Functions, open_library
 
 _CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
-
-
-def folder(bindings: Any) -> Path:
-    """Where llama.cpp's and ggml's libraries lie. bindings: the module `library.load` returns."""
-    return Path(bindings.__file__).parent / "lib"
 
 
 def find(bindings: Any) -> int:
@@ -49,19 +47,14 @@ def extra_buffer_types(bindings: Any, device: int) -> dict[str, int]:
 
 @cache
 def _registry(bindings: Any) -> Any:
-    lib = bindings.load_shared_library("ggml", folder(bindings))
-    lib.ggml_backend_dev_by_type.restype = c_void_p
-    lib.ggml_backend_dev_by_type.argtypes = (c_int,)
-    return lib
+    return open_library(bindings, "ggml", {"ggml_backend_dev_by_type": (c_void_p, (c_int,))})
 
 
 @cache
 def _base(bindings: Any) -> Any:
-    lib = bindings.load_shared_library("ggml-base", folder(bindings))
-    lib.ggml_backend_dev_backend_reg.restype = c_void_p
-    lib.ggml_backend_dev_backend_reg.argtypes = (c_void_p,)
-    lib.ggml_backend_reg_get_proc_address.restype = c_void_p
-    lib.ggml_backend_reg_get_proc_address.argtypes = (c_void_p, c_char_p)
-    lib.ggml_backend_buft_name.restype = c_char_p
-    lib.ggml_backend_buft_name.argtypes = (c_void_p,)
-    return lib
+    functions: Functions = {
+        "ggml_backend_dev_backend_reg": (c_void_p, (c_void_p,)),
+        "ggml_backend_reg_get_proc_address": (c_void_p, (c_void_p, c_char_p)),
+        "ggml_backend_buft_name": (c_char_p, (c_void_p,)),
+    }
+    return open_library(bindings, "ggml-base", functions)

@@ -6,10 +6,10 @@ bytes don't depend on how many threads there are.
 
 from __future__ import annotations
 
-import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_char_p, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +17,22 @@ from numpy.typing import NDArray
 from edgellm.config import physical_cpu_count
 from edgellm.gguf_header import GGML_TYPES
 from edgellm.native import library
+from edgellm.native.shared import Functions, open_library
 
 F32 = 0
 _SLAB_WEIGHTS = 1 << 18  # a slab is some 10 ms of work for the slowest types: small enough to balance two cores
 
 
+_FUNCTIONS: Functions = {
+    "ggml_op_name": (c_char_p, (c_int,)),
+    "ggml_quantize_chunk": (c_size_t, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+}
+
+
 @cache
-def base_library() -> ctypes.CDLL:
+def base_library() -> Any:
     """libggml-base, which lies beside llama.cpp's own library."""
-    bindings = library.load()
-    ggml: ctypes.CDLL = bindings.load_shared_library("ggml-base", Path(bindings.__file__).parent / "lib")
-    ggml.ggml_op_name.restype = ctypes.c_char_p
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int,
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-    ]
-    return ggml
+    return open_library(library.load(), "ggml-base", _FUNCTIONS)
 
 
 @cache

@@ -30,7 +30,8 @@ from edgellm.config import physical_cpu_count
 from edgellm.errors import EdgeLLMError
 from edgellm.gguf_header import GGML_TYPES
 from edgellm.native import cpu_device, library
-from edgellm.native.ggml import F32, base_library, quantize_rows, row_bytes
+from edgellm.native.ggml import F32, quantize_rows, row_bytes
+from edgellm.native.shared import Functions, open_library
 from edgellm.native.undisturbed import undisturbed
 
 _TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
@@ -55,7 +56,7 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool))
 
 
-_BASE_FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_BASE_FUNCTIONS: Functions = {
     "ggml_init": (c_void_p, (_InitParams,)),
     "ggml_free": (None, (c_void_p,)),
     "ggml_tensor_overhead": (c_size_t, ()),
@@ -240,11 +241,7 @@ def _graph(stack: ExitStack, nodes: list[int]) -> int:
 @cache
 def _library() -> Any:
     """libggml-base with the functions of this module declared."""
-    lib = base_library()
-    for name, (result, arguments) in _BASE_FUNCTIONS.items():
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
+    return open_library(library.load(), "ggml-base", _BASE_FUNCTIONS)
 
 
 def _set_threads(device: int, backend: int, n_threads: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from statistics import median
 
 from edgellm.speculation.drafts import GoesOn, Proposal
@@ -54,9 +55,8 @@ class Depth:
         if len(self._steps) < _STEPS_FIRST:
             return 0
         known = self._sources.setdefault(source, _Source(prior))
-        most = min(most, MAX_DRAFT)
-        best = max(range(1, most + 1), key=lambda k: self._gain(known, k), default=0)
-        if best and self._gain(known, best) >= _GAIN:
+        gain, best = self._best(known, most)
+        if gain >= _GAIN:
             return best
         probe = min(_PROBE, most)
         known.probes = self._loss(known, probe) <= self._for_probes
@@ -81,8 +81,7 @@ class Depth:
         """Tokens for each plain step's time that a check of at most `most` of these guesses may bring; 0 = unknown."""
         if len(self._steps) < _STEPS_FIRST:
             return 0.0
-        known = self._sources.setdefault(source, _Source(prior))
-        return max(self._gain(known, k) for k in range(1, min(most, MAX_DRAFT) + 1))
+        return self._best(self._sources.setdefault(source, _Source(prior)), most)[0]
 
     def step_took(self, seconds: float) -> None:
         """A plain step: one token evaluated and the next one chosen."""
@@ -126,6 +125,11 @@ class Depth:
     @property
     def _step_seconds(self) -> float:
         return median(self._steps)
+
+    def _best(self, source: _Source, most: int) -> tuple[float, int]:
+        """The greatest gain, and how many guesses bring it: of equal ones the fewest."""
+        gains = ((self._gain(source, k), k) for k in range(1, min(most, MAX_DRAFT) + 1))
+        return max(gains, key=itemgetter(0), default=(0.0, 0))
 
     def _gain(self, source: _Source, k: int) -> float:
         """Tokens for each plain step's time."""

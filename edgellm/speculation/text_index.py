@@ -176,10 +176,11 @@ class IndexDraft:
         if length < _NEEDLE:
             return NOTHING
         after = self._continuations(at, needle[: _WORD * length])
-        firsts = Counter(words[-_WORD:] for words in after)
+        followed = [words[-_WORD:] for words in after]
+        firsts = Counter(followed)
         ahead = Counter(words[-_WORD * _AHEAD :] for words in after)
         best = max(after, key=lambda words: (firsts[words[-_WORD:]], ahead[words[-_WORD * _AHEAD :]]))
-        return after_match("index", self._tokens(best, k), length, [words[-_WORD:] for words in after])
+        return after_match("index", self._tokens(best, k), length, followed)
 
     def _bisect(self, needle: bytes) -> int:
         """Where in the places the needle would stand."""

@@ -57,9 +57,11 @@ class Speculator:
             offers.sort(key=lambda pair: self._gain(pair[1]), reverse=True)
         for draft, offer in offers:
             k = self.depth.choose(offer.source, len(offer.tokens), offer.prior)
-            if k and draft.is_free:
+            if not k:
+                continue
+            if draft.is_free:
                 return offer._replace(tokens=offer.tokens[:k])
-            proposal = draft.propose(history, k, self.depth.goes_on(draft.name, k)) if k else NOTHING
+            proposal = draft.propose(history, k, self.depth.goes_on(draft.name, k))
             if proposal.tokens:
                 return proposal
         return NOTHING

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgellm.native import amx, cpu_device, library
+from edgellm.native import amx, cpu_device, library, shared
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for AMX")
 _CODE = b"\0ggml_backend_amx_mul_mat\0"
@@ -54,7 +54,7 @@ def buffer_types() -> set[str]:
 
 def test_this_build_uses_amx_only_where_it_works() -> None:
     assert library.can_repack()
-    assert not ("AMX" in buffer_types() and amx.is_miscompiled(cpu_device.folder(library.load())))
+    assert not ("AMX" in buffer_types() and amx.is_miscompiled(shared.folder(library.load())))
 
 
 def has_amx() -> bool:
@@ -76,7 +76,7 @@ print(library.can_repack())
 
 @LINUX
 def test_where_another_asked_for_amx_before_weights_stay_as_they_are(model_path: Path) -> None:
-    if not (has_amx() and amx.is_miscompiled(cpu_device.folder(library.load()))):
+    if not (has_amx() and amx.is_miscompiled(shared.folder(library.load()))):
         pytest.skip("this CPU has no AMX, or this build's code for it works")
     said = {}
     for when in ("never", "asked"):
